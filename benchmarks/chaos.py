@@ -1,8 +1,7 @@
 """Does a run survive? Runs of precompute, each killed at random moments and started again until it ends.
 
-Killed are the driver, a worker that encodes, a worker that downloads, the raylet (and with it every process of the
-machine's Ray), and any worker when the run uses plain processes. After each run every byte of the store is compared
-with that of an uninterrupted one.
+Killed are the driver, a worker of any stage, and on Ray the raylet (and with it every process of the machine's Ray).
+After each run every byte of the store is compared with that of an uninterrupted one.
 
 python -m benchmarks.chaos --runs 30 --work FOLDER --out benchmarks/results/chaos.json
 """
@@ -31,7 +30,7 @@ CONFIG = [
     "execution={num_cpus: 2, retry_delay_s: 0.5}",
 ]
 VICTIMS = {
-    "ray": {"driver": "", "encoder": "ray::StageActor", "download": "ray::fetch", "raylet": "raylet/raylet"},
+    "ray": {"driver": "", "worker": "ray::StageActor", "raylet": "raylet/raylet"},
     "local": {"driver": "", "worker": "spawn_main|multiprocessing.forkserver"},
 }
 _MOST_KILLS = 3

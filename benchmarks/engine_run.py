@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from pipeline.executors.ray_cluster import without_api_server
+from pipeline.executors.ray_cluster import without_needless_processes
 from pipeline.executors.task import TaskRequest, run_task
 from pipeline.options import RunOptions, WorkflowConfig
 from pipeline.plan import Plan
@@ -121,7 +121,7 @@ def bare_ray(workers: int, tasks: int, folder: Path) -> list[float]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    with without_api_server():
+    with without_needless_processes():
         ray.init(
             address="local", num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False
         )

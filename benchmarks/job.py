@@ -190,6 +190,9 @@ def measure(command: list[str], checkout: Path, run: Path | None = None) -> dict
         SystemExit: it failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout), "no_proxy": "*"}
+    environment.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # or each process compiles the sources, which no installation does
     log = (run or Path(command[1])).with_suffix(".log")
     began, first = time.perf_counter(), None
     with log.open("w") as output:

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import save_file
+
 from benchmarks.common import report
 from benchmarks.encode import shuffled_prompts, write_tokenizer
 from benchmarks.table import put_between, shown, table
@@ -81,10 +83,10 @@ def main() -> None:
 
 
 def write_shape(folder: Path, shape: dict[str, Any], captions: list[str]) -> None:
-    """A model folder that can be planned, and not run: its weights are an empty file."""
+    """A model folder that can be planned, and not run: its weights are a file without tensors."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({}, folder / "model.safetensors")
     write_tokenizer(folder, captions)
 
 

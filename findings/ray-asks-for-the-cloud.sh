@@ -5,7 +5,7 @@
 # UsageStatsHead. Its `run` calls `get_cluster_config_to_report` before it looks at RAY_USAGE_STATS_ENABLED, and that asks
 # Azure's, Google's and AWS's metadata in turn, unless ~/ray_bootstrap_config.yaml exists. Where such requests raise an
 # alarm or wait for a timeout, no documented setting stops them. `pipeline run` starts no API server
-# (`without_api_server` in pipeline/executors/ray_cluster.py).
+# (`without_needless_processes` in pipeline/executors/ray_cluster.py).
 #
 # Nothing is sent: an audit hook in Ray's processes refuses each attempt and writes it down. Prints the attempts; fails if
 # they are not those seen on 2026-11-29.

@@ -12,5 +12,5 @@ class Config(BaseModel):
 
 
 def default_field(default: Any, **constraints: Any) -> Any:
-    """A field that is recorded only where it differs from its default, so that records from before it existed agree."""
+    """A field that is recorded only where it differs from its default: records from before it existed agree."""
     return Field(default=default, exclude_if=lambda value: value == default, **constraints)

@@ -1,5 +1,6 @@
 """Cleans captions: defined results for whatever the internet writes."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ NORMALISATION = "control characters to spaces, strip"
 which its other settings say. Change it together with them."""
 
 _BREAKS = "\t\n\r"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TO_SPACES = str.maketrans(dict.fromkeys(_BREAKS, " "))
 
 MAX_CHARACTERS = 100_000
@@ -32,7 +34,7 @@ def on_one_line(caption: str) -> str:
 
 def is_valid_text(caption: str) -> bool:
     """False if the bytes were not UTF-8 (decoded with surrogate escapes)."""
-    return not any("\ud800" <= c <= "\udfff" for c in caption)
+    return caption.isascii() or _SURROGATE.search(caption) is None
 
 
 def clean_captions(captions: Sequence[str] | None) -> tuple[tuple[str, ...], str | None]:

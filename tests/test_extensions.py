@@ -28,12 +28,13 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from tests.added_packages import PACKAGE, on_path
 from tests.commands import call, drops, precompute, summary
+from tests.images import plain_png
 from tests.network import guarded
 from tests.runs import REPOSITORY
 from tests.trained import BASE, train
 
 SCALE = 0.5
-GROUPS = ("sources", "encoders", "filters", "stages", "samplers", "imports", "workflows")
+GROUPS = ("sources", "caches", "encoders", "filters", "stages", "samplers", "imports", "workflows")
 ENCODER = f"{{name: words, kind: word_vectors, model: {TINY_MODEL}, scale: {SCALE}, compute_dtype: float32}}"
 
 
@@ -104,6 +105,23 @@ def expected_embeddings(captions: list[str], tmp_path: Path) -> list[np.ndarray]
     with T5EncoderConfig(name="t5", model=str(tmp_path / TINY_MODEL)).located() as files:
         ids, _ = tokenize(load_tokenizer(files), captions, 128)
     return [table[tokens] * np.float32(SCALE) for tokens in ids]
+
+
+def test_a_text_cache_of_an_added_kind_becomes_a_group_without_its_padding(installed: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for number, padded in enumerate([np.concatenate([rows, np.full((3, 4), -1, np.float32)]), np.full((2, 4), -1.0)]):
+        (images / f"{number}.txt").write_text(f"image {number}")
+        (images / f"{number}.png").write_bytes(plain_png())
+        np.save(images / f"{number}.npy", padded)
+    source = f"{{kind: folder, path: {images}, arrays: {{t5: {{kind: plain_npy}}}}}}"
+    encoder = "{name: t5, kind: given, array: t5, model: other, dim: 4}"
+    settings = (f"source={source}", f"encoders=[{encoder}]", "images.sizes_px=[16]", "store.dtype=float32")
+    result = precompute(tmp_path / "run", *settings)
+    assert result.code == 0, result.err
+    assert [one.text["t5"][0].tolist() for one in Store.open(tmp_path / "run" / "store")] == [rows.tolist()]
+    assert summary(tmp_path / "run")["tally"]["groups"]["text-t5"]["drops"] == {"missing_embedding": 1}
 
 
 def test_rows_of_an_added_source_that_an_added_filter_rejects_are_drops_with_its_reason(run_folder: Path) -> None:

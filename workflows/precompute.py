@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -27,7 +28,7 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
-from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line
+from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line, may_be_samples
 from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage
 from stages.precompute.encode_text import EncodeStage
@@ -44,6 +45,7 @@ from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
 from stages.sources.ignored import ignored_line
 from stages.sources.incremental import InputBatches, first_part
+from stages.sources.mds.source import MdsConfig
 from stages.sources.original_sizes import original_sizes
 from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
@@ -119,7 +121,8 @@ class PrecomputeConfig(WorkflowConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.images.sizes_px and isinstance(self.source, ParquetConfig) and self.source.image_column is None:
+        source = self.source
+        if self.images.sizes_px and isinstance(source, ParquetConfig | MdsConfig) and source.image_column is None:
             raise ValueError(
                 f"source.image_column is null, so there are no images, but images.sizes_px is "
                 f"{list(self.images.sizes_px)}; set images.sizes_px=[]"
@@ -184,7 +187,7 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
-            further_captions=partial(_further_captions, source, self._further),
+            further_captions=partial(_further_captions, source, self._captions),
             outlook=partial(_outlook, source, config.images),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
@@ -259,12 +262,14 @@ class Precompute(ShardedWorkflow):
         ]
 
 
-def _further_captions(
-    source: Source, further: Sequence[CaptionColumn], shard: Shard
-) -> dict[str, list[tuple[str, ...]]]:
-    """The captions of further sets in the rows of a shard, those of rows that become no sample included."""
+def _further_captions(source: Source, sets: Sequence[CaptionColumn], shard: Shard) -> dict[str, list[tuple[str, ...]]]:
+    """The captions of all `sets` but the first in the rows of a shard, without rows that are known to be dropped."""
+    if len(sets) < 2:
+        return {}
+    first, *further = sets
+    kept = may_be_samples(source, shard, first.column)
     cells = {captions.called: source.caption_cells(shard, captions.column) for captions in further}
-    return {name: [clean_captions(cell or ())[0] for cell in found] for name, found in cells.items()}
+    return {name: [clean_captions(cell or ())[0] for cell in compress(found, kept)] for name, found in cells.items()}
 
 
 def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> dict[str, dict[str, object]]:

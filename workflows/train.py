@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from pydantic import model_validator
+
 from imagen_core.train import TrainConfig
 from pipeline.config import Config
 from pipeline.job import Job, JobWorkflow
@@ -20,6 +22,15 @@ class TrainWorkflowConfig(Config, TrainConfig):
     online_encoder: AnyEncoder | None = None
     """Encode captions with it in the training loop, instead of reading `text` from the store: slower, and done
     again in each epoch; for comparison. It must have the name of `text`."""
+
+    @model_validator(mode="after")
+    def _check_online_encoder(self) -> "TrainWorkflowConfig":
+        if self.online_encoder is not None and isinstance(self.text, tuple):
+            raise ValueError(
+                f"online_encoder: encodes the captions for one encoder, but text is {list(self.text)}; read several "
+                "from the store, and leave online_encoder out"
+            )
+        return self
 
     def training(self) -> TrainConfig:
         """The library's part."""

@@ -139,6 +139,7 @@ def unet_config(settings: Mapping[str, Any]) -> RegularUNetConfig:
             "text_dim": unet["encoder_hid_dim"],
             "cond_dim": _one_number("cross_attention_dim", unet),
             "padded_tokens": MAX_TOKENS,
+            "dropped_caption": "empty_caption",
             "pooling": "multihead",
             "pooling_heads": unet["addition_embed_type_num_heads"],
             "in_channels": _image_channels(unet, low_res),

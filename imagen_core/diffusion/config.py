@@ -103,6 +103,9 @@ class DenoiserConfig(Config):
     low_res_noise_at: Literal["size_px", "low_res_px"] = "size_px"
     """Size at which the low-resolution image gets its noise: size_px, after upsampling; low_res_px, before it, so that
     the noise is upsampled too (NeMo)."""
+    low_res_scale: Literal["input", "variance_preserving"] = "input"
+    """Factor on the noisy low-resolution image: input, that of the noisy image at the same noise level; for objective
+    edm also variance_preserving, 1/sqrt(1 + sigma^2), which is that of the others (imagen-pytorch)."""
 
     @model_validator(mode="after")
     def _check(self) -> "DenoiserConfig":
@@ -122,6 +125,8 @@ class DenoiserConfig(Config):
                 "low_res_noise_at=low_res_px needs low_res_upsampling=bicubic_unclipped, as the others clip what has "
                 f"noise on it (got {self.low_res_upsampling})"
             )
+        if self.low_res_scale != "input" and self.low_res_noise is None:
+            raise ValueError(f"low_res_scale is {self.low_res_scale}, but without low_res_noise nothing is scaled")
         channels = self.unet.in_channels, self.unet.out_channels
         if is_learned(self.diffusion.variance) and channels[1] != 2 * channels[0]:
             raise ValueError(

@@ -76,6 +76,8 @@ class Denoiser(nn.Module):
             return replace(conditioning, low_res=upsample(low_res, shape, mode))
         sigma = sigma.to(noise.dtype)
         scale = self.coefficients(sigma).input
+        if self.config.low_res_scale == "variance_preserving":
+            scale = (1 + sigma**2).rsqrt()
         if self.config.low_res_noise_at == "low_res_px":
             part = noise[..., : low_res.shape[-2], : low_res.shape[-1]]
             noised = upsample(add_low_res_noise(low_res, sigma, part, scale), shape, mode)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -105,7 +105,7 @@ class GuidedDenoiser:
 
     unclipped: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
     diffusion: DiffusionConfig
-    clip: Callable[[Tensor], Tensor] = Threshold(kind="none")
+    clip: Callable[[Tensor], Tensor] = field(default=lambda estimate: estimate)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.with_variance(x, sigma)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.text import pad_with_learned
-from imagen_core.models.conditioning.text_layers import TextConfig
+from imagen_core.models.conditioning.text_layers import TextConfig, TextDim
 from imagen_core.models.layers.noise_embedding import SinusoidalEmbedding
 from imagen_core.models.layers.positions import RelativePositionBias, Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
@@ -35,28 +35,45 @@ class PriorNetworkConfig(TextConfig):
     """Channels of one attention head."""
     ff_mult: int = Field(default=4, ge=1)
     """Width of the feed-forward layers (SwiGLU), in units of dim."""
-    text_dim: int | None = Field(default=None, ge=1)
+    text_dim: TextDim = None
     """Width of the captions' token embeddings, or of each of their layers; null reads only each caption's single
-    embedding."""
+    embedding. A list: the widths of several encoders, whose tokens are projected to the largest of them and joined to
+    one sequence."""
     max_text_tokens: int = Field(default=256, ge=1)
     """Captions are padded to this length with learned tokens."""
+    learned_text_tokens: bool = False
+    """For imported models: these learned tokens are there although text_dim is null (DALLE2-pytorch without
+    condition_on_text_encodings)."""
+    unit_text_embed: bool = False
+    """For imported models: captions' embeddings are read as unit vectors (DALLE2-pytorch); else each of their
+    components has variance 1."""
     num_timesteps: int | None = Field(default=None, ge=1)
     """Steps of a discrete schedule, each with a learned embedding; null embeds the noise level of any schedule by
     sinusoids."""
     num_time_tokens: int = Field(default=1, ge=1)
     """Number of tokens of the noise level."""
+    sinusoids: Literal["open", "closed"] = "open"
+    """For imported models: the frequencies of sinusoids, from 1, end one step before 1/10000 (open) or at it (closed,
+    DALLE2-pytorch)."""
     num_image_tokens: int = Field(default=1, ge=1)
     """Number of tokens of the noisy image embedding."""
     num_text_embed_tokens: int = Field(default=1, ge=1)
     """Number of tokens of the caption's embedding."""
     self_conditioning: bool = False
     """One more token: an earlier estimate of the embedding (Chen et al. 2022, arXiv 2208.04202)."""
+    cosine_attention: bool = True
+    """Attention by cosine similarity; false divides by the root of a head's width (DALLE2-pytorch before 1.4.3)."""
     rotary: bool = True
     """Rotary positions in addition to the relative position bias."""
+    null_position: bool = False
+    """For imported models: the null key has a position in this bias, before the first token, so that the distances to
+    all keys are one less (DALLE2-pytorch)."""
     ff_norm: bool = False
     """A norm within the feed-forward layers (DALLE2-pytorch: normformer)."""
     norm_out: bool = True
     """A norm after the last layer."""
+    stable_norm_out: bool = False
+    """That norm divides by the largest component first (DALLE2-pytorch)."""
     final_projection: bool = True
     """A linear layer at the end."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -65,6 +82,8 @@ class PriorNetworkConfig(TextConfig):
     @model_validator(mode="after")
     def _check(self) -> "PriorNetworkConfig":
         self.check_text_layers()
+        if self.learned_text_tokens and self.text_dim is not None:
+            raise ValueError("learned_text_tokens is for models without captions' tokens (text_dim: null)")
         return self
 
     def build(self) -> "PriorNetwork":
@@ -91,13 +110,13 @@ class PriorNetwork(nn.Module):
             self.steps = nn.Embedding(config.num_timesteps, time_width)
         else:
             hidden = 2 * time_width
-            self.sinusoids = SinusoidalEmbedding(dim)
+            self.sinusoids = SinusoidalEmbedding(dim, closed=config.sinusoids == "closed")
             self.to_time = nn.Sequential(
                 nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, time_width)
             )
         self.query = nn.Parameter(torch.randn(dim))
         self.null_text_tokens = None
-        if config.text_dim is not None:
+        if config.text_dim is not None or config.learned_text_tokens:
             self.null_text_tokens = nn.Parameter(torch.randn(config.max_text_tokens, dim))
         self.null_text_embed = nn.Parameter(torch.randn(config.num_text_embed_tokens, dim))
         self.null_image = nn.Parameter(torch.randn(dim))
@@ -112,7 +131,7 @@ class PriorNetwork(nn.Module):
                     ff_mult=config.ff_mult,
                     activation="swiglu",
                     ff_norm=config.ff_norm,
-                    qk_norm=_COSINE_SCALE,
+                    qk_norm=_COSINE_SCALE if config.cosine_attention else False,
                     causal=True,
                     dropout=config.dropout,
                 )
@@ -131,7 +150,9 @@ class PriorNetwork(nn.Module):
             ValueError: a condition is missing or of another width, or a caption has more than max_text_tokens tokens.
         """
         parts = [self._text_embed(conditioning), self._time(x, c_noise)]
-        if self.null_text_tokens is not None and self.config.text_width is not None:
+        if self.null_text_tokens is not None and self.config.text_width is None:
+            parts.insert(0, self.null_text_tokens.to(x.dtype).expand(len(x), -1, -1))
+        elif self.null_text_tokens is not None and self.config.text_width is not None:
             if self.text_layers is not None:
                 conditioning = self.text_layers(conditioning)
             project = nn.Identity() if self.to_text_tokens is None else self.to_text_tokens
@@ -144,10 +165,13 @@ class PriorNetwork(nn.Module):
             parts.append(estimate.to(x.dtype)[:, None])
         parts.append(self.query.to(x.dtype).expand(len(x), 1, -1))
         tokens = torch.cat(parts, dim=1)
-        bias = self.bias(tokens.shape[1])
+        bias = self.bias(tokens.shape[1], null=self.config.null_position)
         for layer in self.layers:
             tokens = layer(tokens, bias=bias, rotary=self.rotary)
-        return self.project(self.norm_out(tokens[:, -1]))
+        last = tokens[:, -1]
+        if self.config.norm_out and self.config.stable_norm_out:
+            last = last / last.amax(dim=-1, keepdim=True).detach()
+        return self.project(self.norm_out(last))
 
     def _text_embed(self, conditioning: Conditioning) -> Tensor:
         """(b, num_text_embed_tokens, dim)."""
@@ -158,6 +182,8 @@ class PriorNetwork(nn.Module):
             raise ValueError(
                 f"conditioning.text_embed: this model reads {self.config.dim}-wide embeddings (got {embed.shape[-1]})"
             )
+        if self.config.unit_text_embed:
+            embed = embed * self.config.dim**-0.5
         tokens = self.to_text_embed(embed.to(self.query.dtype)).unflatten(-1, (-1, self.config.dim))
         return torch.where(keep_mask(conditioning.text_keep, embed)[:, None, None], tokens, self.null_text_embed)
 

@@ -71,7 +71,7 @@ def posterior_step(
     noise: SampleNoise,
     unclipped: Tensor | None = None,
 ) -> Tensor:
-    """From sigma to sigma_next, given the estimate D of x0; the noise that is kept is that of `unclipped`, if given."""
+    """From sigma to sigma_next, given the estimate D of x0, and the one whose noise is kept if it is another."""
     ratio = sigma_next / sigma
     kept = ratio * (1 - eta**2 + (eta * ratio) ** 2).sqrt()  # sqrt(sigma_next^2 - eta^2 u^2) / sigma
     result = estimate + kept * (x - (estimate if unclipped is None else unclipped))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -90,8 +91,7 @@ def sample(
 
     if init_image is None or strength == 1:
         first = 0
-        size = math.hypot(float(sigmas[0]), start == "unit_variance")
-        x = size * (normal() if latent is None else latent.to(device, dtype))
+        x = _start_std(sigmas, start) * (normal() if latent is None else latent.to(device, dtype))
     else:
         first = len(sigmas) - 1 - round(strength * (len(sigmas) - 1))
         x = init_image.to(device, dtype).expand(len(noise), *shape)
@@ -100,15 +100,18 @@ def sample(
     levels = sigmas.to(device=device, dtype=dtype)
     total = len(sigmas) - 1 - first
     history = new_history(schedule, total)
-    for index in range(first, len(sigmas) - 1):
-        sigma, sigma_next = levels[index], levels[index + 1]
+    for done, (sigma, sigma_next) in enumerate(pairwise(levels[first:]), 1):
         if inpaint is None:
             x = sampler.step(denoise, x, sigma, sigma_next, normal, history)
         else:
             x = _inpaint_step(sampler, denoise, x, sigma, sigma_next, normal, inpaint, new_history(schedule, total))
         if on_step is not None:
-            on_step(index + 1 - first, total, x)
+            on_step(done, total, x)
     return x
+
+
+def _start_std(sigmas: Tensor, start: Start) -> float:
+    return math.hypot(float(sigmas[0]), start == "unit_variance")
 
 
 def _inpaint_step(

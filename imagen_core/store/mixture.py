@@ -30,21 +30,26 @@ class Mixture:
         stores: Mapping[str, Store],
         weights: Mapping[str, float],
         samples: Mapping[str, range] | None = None,
+        caption_sets: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         """
         Args:
             weights: of each store, by its name: 0 or more.
             samples: indices to read of a store, a range of step 1; all of a store that is not named.
+            caption_sets: weights of the sets of captions of a store, by its name; of a store that is not named those
+                of `LoaderOptions.caption_sets`.
         Raises:
             ValueError: names differ, a weight is negative or not finite, or all weights are 0.
         """
-        if stores.keys() != weights.keys() or not (samples or {}).keys() <= stores.keys():
+        named = (samples or {}).keys() | (caption_sets or {}).keys()
+        if stores.keys() != weights.keys() or not named <= stores.keys():
             raise ValueError(
-                f"weights and samples must name the stores {', '.join(stores)} (got {', '.join(weights)}; "
-                f"{', '.join(samples or {})})"
+                f"weights, samples and caption_sets must name the stores {', '.join(stores)} (got "
+                f"{', '.join(weights)}; {', '.join(sorted(named))})"
             )
         Quota(list(weights.values()))
         self.stores, self.weights, self.samples = dict(stores), dict(weights), dict(samples or {})
+        self.caption_sets = dict(caption_sets or {})
 
     @property
     def shares(self) -> dict[str, float]:
@@ -68,7 +73,7 @@ class Mixture:
         if options.samples is not None:
             raise ValueError("samples is for one store; give the ranges of each store to Mixture(samples=...)")
         self.check(options)
-        return MixtureLoader(self.stores, self.weights, options, self.samples)
+        return MixtureLoader(self.stores, self.weights, options, self.samples, self.caption_sets)
 
     def check(self, options: LoaderOptions) -> None:
         """Refuses stores whose samples cannot be in one batch.
@@ -123,7 +128,7 @@ def _what_is_read(name: str, store: Store, options: LoaderOptions) -> dict[str, 
     try:
         for size in _stored_sizes(options):
             store.image_group(size)
-        texts = ((options.text, options.text_layers), (options.text_embed, None))
+        texts = [*options.texts.items(), (options.text_embed, None)]
         groups = [(store.text_group(encoder), layers) for encoder, layers in texts if encoder is not None]
         embeds = [store.image_embed_group(options.image_embed)] if options.image_embed is not None else []
         arrays = [store.array_group(array) for array in options.arrays or ()]

@@ -179,11 +179,13 @@ class Store(StoreReader, Sequence[Sample]):
             set_texts=set_texts,
         )
 
-    def null(self, encoder: str) -> np.ndarray:
+    def null(self, encoder: str, layers: Sequence[int] | None = None) -> np.ndarray:
         """The encoding of "", in the shape and dtype that `Sample.text` has.
 
+        Args:
+            layers: those to return of an encoder whose layers are stored apart; None means all.
         Raises:
-            ValueError: the store has no such encoder.
+            ValueError: the store has no such encoder, or not these layers.
             StoreError: it has no null embedding, or the file is damaged.
         """
         group = self.text_group(encoder)
@@ -191,6 +193,7 @@ class Store(StoreReader, Sequence[Sample]):
             raise StoreError(f"{self._folder.path(group.name)}: encoder {encoder!r} has no null embedding")
         data = self._folder.read_checked(group.null)
         embedding, _ = parse_null(data, self._folder.path(group.null.path))
+        embedding = embedding if layers is None else embedding[:, group.layer_places(layers)]
         return embedding if group.dtype == "float16" else embedding.astype(np.float32)
 
     def probe(self, encoder: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from imagen_core.train.errors import (
     TrainError,
     TrainingStopped,
 )
+from imagen_core.train.lora.config import LoraConfig, LoraUseConfig
 from imagen_core.train.meter import TrainingProgress
 from imagen_core.train.start import TrainingStart
 from imagen_core.train.trainer import train
@@ -21,6 +22,8 @@ __all__ = [
     "CheckpointMismatchError",
     "EmaConfig",
     "LoadedDenoiser",
+    "LoraConfig",
+    "LoraUseConfig",
     "NonFiniteLossError",
     "OnlineEncoder",
     "OptimizerConfig",

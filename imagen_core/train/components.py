@@ -1,7 +1,7 @@
 """The components of a training's configuration; `TrainConfig` puts them together."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,6 +52,8 @@ class StoreShare(Config):
     where that is `store`."""
     samples: tuple[int, int] | None = None
     """First sample of the store to train on, and the one after the last; null: all but the validation samples."""
+    captions: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """Weight of each of the store's sets of captions, instead of the training's `captions`; null: those."""
 
     @property
     def called(self) -> str:

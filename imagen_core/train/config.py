@@ -1,15 +1,17 @@
 """Everything that decides a training run."""
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.store.read.options import layers_by_encoder
 from imagen_core.train.components import (
     CheckpointsConfig,
     ComputeConfig,
@@ -27,11 +29,17 @@ from imagen_core.train.components import (
     ViewsConfig,
     store_name,
 )
+from imagen_core.train.lora.config import LoraConfig
 
 
 def _place(path: str) -> str:
     """A path or URL in one spelling."""
     return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _length(value: object) -> int | None:
+    """Entries of a list; None of what is none."""
+    return len(value) if isinstance(value, tuple) else None
 
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
@@ -49,11 +57,13 @@ class TrainConfig(Config):
     such as `aesthetic >= 6 and width >= 512`; `data.samples` and `validation.num_samples` count these. null: all."""
     denoiser: AnyDenoiserConfig
     """The model and its diffusion."""
-    text: str | None = None
-    """Encoder in the store whose embeddings the model reads; null: not conditioned on captions."""
-    text_layers: tuple[int, ...] | None = None
+    text: str | tuple[str, ...] | None = None
+    """Encoder in the store whose embeddings the model reads; null: not conditioned on captions. A list such as `[t5,
+    clip]`: several encoders, whose tokens the model joins; its text_dim is a list too."""
+    text_layers: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     """Of an encoder whose layers are stored apart (`join: stack`): the numbers of the layers that are read, as the
-    store lists them; the model's num_text_layers says how many. null: all."""
+    store lists them; the model's num_text_layers says how many. null: all. Of several encoders by name, such as
+    `{llm: [9, 18]}`."""
     text_embed: str | None = None
     """Text encoder in the store with one vector per caption: a prior reads it, in a space shared with images, and a
     model with text_embed_dim, beside `text`."""
@@ -77,6 +87,8 @@ class TrainConfig(Config):
     scales the loss; it is slow on CPUs."""
     init_from: InitFromConfig | None = None
     """Start with the weights of another training; null: with random weights."""
+    lora: LoraConfig | None = default_field(None)
+    """Train an adapter of the model in `init_from`, whose weights stay as they are; null: train all weights."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     data: DataConfig = DataConfig()
@@ -108,12 +120,12 @@ class TrainConfig(Config):
     def _check(self) -> "TrainConfig":
         self._check_stores()
         self._check_encoders()
-        if self.captions is not None and not any(self.captions.values()):
-            raise ValueError("captions: all weights are 0, so no caption would be read; give one a weight above 0")
+        self._check_captions()
         schedule = self.denoiser.diffusion.schedule
         if self.noise_levels.kind == "loss_second_moment" and not isinstance(schedule, Discrete):
             raise ValueError(f"noise_levels.kind=loss_second_moment needs a discrete schedule (got {schedule.kind})")
         self._check_best_checkpoints()
+        self._check_lora()
         if isinstance(self.denoiser, PriorConfig):
             self._check_prior()
         else:
@@ -144,21 +156,20 @@ class TrainConfig(Config):
         if not any(share.weight for share in self.stores):
             raise ValueError("stores: all weights are 0, so there is nothing to train on; give one a weight above 0")
 
+    def _check_captions(self) -> None:
+        """Refuses weights of sets of captions that would leave no caption to read, or that nothing reads."""
+        of_stores = {f"stores.{number}.captions": share.captions for number, share in enumerate(self.stores)}
+        for field, weights in {"captions": self.captions, **of_stores}.items():
+            if weights is not None and not any(weights.values()):
+                raise ValueError(f"{field}: all weights are 0, so no caption would be read; give one a weight above 0")
+            if weights is not None and not self.reads_captions:
+                raise ValueError(f"{field}: the model reads no captions; leave it out, or set text and text_dim")
+
     def _check_encoders(self) -> None:
         """Refuses encoders that the model does not read, and the lack of encoders that it does."""
         network, prior = self.denoiser.network, isinstance(self.denoiser, PriorConfig)
         name = "network" if prior else "unet"
-        if (self.text is None) != (network.text_dim is None):
-            raise ValueError(
-                f"text is {self.text!r}, but denoiser.{name}.text_dim is {network.text_dim}; set both, or null both"
-            )
-        if self.text_layers is not None and len(self.text_layers) != network.num_text_layers:
-            raise ValueError(
-                f"text_layers are {list(self.text_layers)}, but denoiser.{name}.num_text_layers is "
-                f"{network.num_text_layers}; set it to {len(self.text_layers)}"
-            )
-        if self.text_layers is not None and len(set(self.text_layers)) < len(self.text_layers):
-            raise ValueError(f"text_layers are {list(self.text_layers)}, which names a layer twice; name each once")
+        self._check_tokens(f"denoiser.{name}")
         reads_text_embed = isinstance(network, PriorNetworkConfig) or network.text_embed_dim is not None
         if (self.text_embed is not None) != reads_text_embed:
             raise ValueError(
@@ -172,6 +183,42 @@ class TrainConfig(Config):
                 "it, and nothing else does"
             )
 
+    def _check_tokens(self, model: str) -> None:
+        """Refuses encoders of tokens, or layers of them, of another number than the model reads."""
+        network = self.denoiser.network
+        dims, counts = network.text_dim, network.text_layer_counts
+        if (self.text is None) != (dims is None):
+            raise ValueError(f"text is {self.text!r}, but {model}.text_dim is {dims}; set both, or null both")
+        if _length(self.text) != _length(dims):
+            shown = list(dims) if isinstance(dims, tuple) else dims
+            raise ValueError(
+                f"text is {list(self.text) if isinstance(self.text, tuple) else self.text!r}, but {model}.text_dim is "
+                f"{shown}; give one width for one encoder, or a list with the width of each"
+            )
+        for number, (encoder, layers) in enumerate(self.texts.items()):
+            if layers is None:
+                continue
+            of = f" of {encoder!r}" if isinstance(self.text, tuple) else ""
+            option = f"{model}.num_text_layers{f'.{number}' if of else ''}"
+            if len(layers) != counts[number]:
+                remedy = network.with_layer_count(number, len(layers))
+                raise ValueError(
+                    f"text_layers{of} are {list(layers)}, but {option} is {counts[number]}; set "
+                    + (f"{model}.num_text_layers={remedy}" if of else f"it to {remedy}")
+                )
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"text_layers{of} are {list(layers)}, which names a layer twice; name each once")
+
+    @property
+    def texts(self) -> dict[str, Sequence[int] | None]:
+        """The encoders of `text` in their order, each with the layers that are read; None: all, or it has none."""
+        return layers_by_encoder(self.text, self.text_layers)
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the model reads captions, as tokens or as one vector."""
+        return self.text is not None or self.text_embed is not None
+
     def _check_best_checkpoints(self) -> None:
         """Refuses to keep the best of checkpoints that have no validation loss."""
         every, validated = self.checkpoints.every_steps, self.validation.every_steps
@@ -180,6 +227,16 @@ class TrainConfig(Config):
                 f"checkpoints.keep_best is {self.checkpoints.keep_best}: set validation.num_samples, and "
                 f"checkpoints.every_steps ({every}) to a multiple of validation.every_steps ({validated}), so that "
                 "each checkpoint has a validation loss"
+            )
+
+    def _check_lora(self) -> None:
+        """Refuses an adapter of weights that a resumed training would not find again."""
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora: is an adapter of a trained model; name it as init_from.path")
+        if self.lora is not None and self.init_from is not None and self.init_from.mismatch != "error":
+            raise ValueError(
+                "init_from.mismatch: skip would leave weights random that no checkpoint of an adapter holds; leave it "
+                "out, or train all weights with lora=null"
             )
 
     def _check_prior(self) -> None:
@@ -250,7 +307,9 @@ class TrainConfig(Config):
         found = {}
         for share in self.stores:
             data = self.data.model_copy(update={"samples": share.samples})
-            found[share.called] = self.model_copy(update={"store": share.path, "stores": (), "data": data})
+            captions = self.captions if share.captions is None else share.captions
+            changes = {"store": share.path, "stores": (), "data": data, "captions": captions}
+            found[share.called] = self.model_copy(update=changes)
         return found
 
     @property

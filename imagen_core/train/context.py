@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from imagen_core.diffusion import Denoiser
 from imagen_core.store import Store
@@ -20,6 +20,8 @@ class TrainingContext:
         stores: by name, as `TrainConfig.by_store` names them.
         loss: a `TrainingLoss` of the denoiser, as DDP or FSDP wrap it.
         encode: encodes the captions of each batch; None reads their embeddings from the store.
+        null_text: the encoding of "" that takes the place of a dropped caption, (l, text_dim) or
+            (l, layers, text_dim); None where the network itself knows what a dropped caption is.
     """
 
     config: TrainConfig
@@ -28,3 +30,4 @@ class TrainingContext:
     denoiser: Denoiser
     loss: nn.Module
     encode: Encode | None = None
+    null_text: Tensor | None = None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from imagen_core.train.lora.adapter import saved_parameters
 from imagen_core.train.parallel.world import local
 
 
@@ -20,7 +21,7 @@ def decay(rate: float, update: int) -> float:
 
 
 class WeightAverages:
-    """One average of a model's parameters for each rate, in at least float32."""
+    """One average for each rate of a model's parameters, or of its adapter's, in at least float32."""
 
     def __init__(self, model: nn.Module, rates: tuple[float, ...], device: torch.device | str | None = None):
         """`device`: where the averages are kept; None: with the weights."""
@@ -29,7 +30,7 @@ class WeightAverages:
         self.averages: dict[float, dict[str, Tensor]] = {
             rate: {
                 name: local(p).detach().to(device, torch.promote_types(p.dtype, torch.float32), copy=True)
-                for name, p in model.named_parameters()
+                for name, p in saved_parameters(model).items()
             }
             for rate in rates
         }
@@ -37,7 +38,7 @@ class WeightAverages:
     @torch.no_grad()
     def update(self, *, counts: bool = True) -> None:
         """Adds the model's weights. Before the first update that counts, the average is the newest weights."""
-        weights = [local(p) for p in self._model.parameters()]
+        weights = [local(p) for p in saved_parameters(self._model).values()]
         for rate, average in self.averages.items():
             values = list(average.values())
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
@@ -48,17 +49,16 @@ class WeightAverages:
     @contextmanager
     def applied(self, rate: float) -> Iterator[None]:
         """Within this block the model has the weights of this average."""
-        previous = [local(p).detach().clone() for p in self._model.parameters()]
-        _copy_in(self._model, self.averages[rate])
+        parameters = saved_parameters(self._model)
+        previous = {name: local(p).detach().clone() for name, p in parameters.items()}
+        _copy_in(parameters, self.averages[rate])
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, values in zip(self._model.parameters(), previous, strict=True):
-                    local(parameter).copy_(values)
+            _copy_in(parameters, previous)
 
 
 @torch.no_grad()
-def _copy_in(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+def _copy_in(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
         local(parameter).copy_(weights[name])

@@ -15,7 +15,6 @@ from imagen_core.diffusion.steps import Karras
 from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
-from imagen_core.store import Store
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.train.augment import grayscale
@@ -47,9 +46,8 @@ def validation_loss(context: TrainingContext, name: str) -> float:
     levels every time."""
     config, world, store = context.config, context.world, context.stores[name]
     fixed, samples = _for_validation(config), validation_samples(store, config)
-    options = loader_options(
-        config, config.micro_batch_size or max(1, config.batch_size // world.size), online=context.encode is not None
-    )
+    micro_batch = config.micro_batch_size or max(1, config.batch_size // world.size)
+    options = loader_options(config.by_store()[name], micro_batch, online=context.encode is not None)
     order = {"seed": config.seed, "rank": world.rank, "world_size": world.size, "shuffle": False}
     loader = Loader(store, replace(options, **order, samples=samples, crop=random_views(fixed)))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -61,7 +59,8 @@ def validation_loss(context: TrainingContext, name: str) -> float:
         first = done + world.rank * size // world.size
         counters = range(first, first + len(raw["keys"]))
         batch = Batch(raw, counters, size, -(-size // world.size), state)
-        losses = context.loss(make_example(batch, fixed, context.denoiser, world.device, step=0))
+        example = make_example(batch, fixed, context.denoiser, world.device, step=0, null_text=context.null_text)
+        losses = context.loss(example)
         total += losses[: len(batch.keys)].sum().double()
         done += size
     agree(world, errors)
@@ -103,6 +102,8 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
             continue
         shape = (settings.unet.in_channels, *raw["images"][settings.size_px].shape[-2:])
         conditioning = all_conditions(raw, settings.unet, device, dtype)
+        if context.null_text is not None:
+            conditioning = conditioning.with_null_text(context.null_text)
         if settings.low_res_px is not None:
             low_res = in_range(raw["images"][settings.low_res_px].to(device), dtype)
             low_res = grayscale(low_res) if config.views.low_res_grayscale == 1 else low_res
@@ -154,7 +155,7 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     generated: dict[int, list[Tensor]] = {steps: [] for steps in config.validation.similarity_num_steps}
     images, texts = [], []
     errors: list[Exception] = []
-    batches = (raw for store in context.stores.values() for raw in _validation_batches(context, store, errors))
+    batches = (raw for name in context.stores for raw in _validation_batches(context, name, errors))
     if is_sharded(config, context.world):  # processes meet in each batch, so all must be readable
         batches = list(batches)
         agree(context.world, errors)
@@ -180,13 +181,12 @@ def similarities(context: TrainingContext) -> dict[str, float]:
     return found
 
 
-def _validation_batches(
-    context: TrainingContext, store: Store, errors: list[Exception]
-) -> Iterator[Mapping[str, Any]]:
-    """All validation samples of a store, the same on every process; `errors` as of `read_batches`."""
-    config = context.config
+def _validation_batches(context: TrainingContext, name: str, errors: list[Exception]) -> Iterator[Mapping[str, Any]]:
+    """All validation samples of the store of this name, the same on every process; `errors` as of `read_batches`."""
+    config, store = context.config, context.stores[name]
     options = _plain_options(context, config.micro_batch_size or config.batch_size)
-    loader = Loader(store, replace(options, samples=validation_samples(store, config)))
+    captions = config.by_store()[name].captions
+    loader = Loader(store, replace(options, samples=validation_samples(store, config), caption_sets=captions))
     return read_batches(loader, config, context.encode, errors)
 
 

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from imagen_core.diffusion import DenoiserConfig, PriorConfig
+from imagen_core.diffusion import Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.models import Conditioning
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.train.lora.adapter import add_new_adapter, saved_parameters
+from imagen_core.train.lora.config import LoraConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +21,12 @@ class MemoryEstimate:
     """Bytes of one process in one training step; temporary buffers of single operations are not counted."""
 
     weights: int
+    """Float32, with those of an adapter."""
     gradients: int
     optimizer: int
     """Adam's two moments, float32."""
     averages: int
-    """The moving averages of the weights, float32."""
+    """The moving averages of the weights that are trained, float32."""
     activations: int
     """Tensors kept for the backward pass of one micro-batch."""
 
@@ -41,28 +44,35 @@ def estimate_memory(
     bytes_per_activation: int,
     num_averages: int,
     num_shards: int,
+    lora: LoraConfig | None = None,
 ) -> MemoryEstimate:
     """Estimates the memory of a training step with float32 weights.
 
     Args:
         shape: height and width of the images or crops trained on; None for a prior.
-        num_tokens: length of the captions in a batch.
+        num_tokens: length of the captions in a batch, by each encoder.
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
+        lora: the adapter that is trained; None: all weights are.
+    Raises:
+        TrainError: the adapter does not fit the model, or peft is not installed.
     """
-    parameters, activations = _count(config, shape, num_tokens)
-    part = -(-parameters * 4 // num_shards)
+    parameters, changed, activations = _count(config, lora, shape, num_tokens)
+    trained = -(-changed * 4 // num_shards)
     return MemoryEstimate(
-        weights=part,
-        gradients=part,
-        optimizer=2 * part,
-        averages=num_averages * part,
+        weights=-(-parameters * 4 // num_shards),
+        gradients=trained,
+        optimizer=2 * trained,
+        averages=num_averages * trained,
         activations=activations * bytes_per_activation * micro_batch_size,
     )
 
 
-def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Parameters, and values kept for the backward pass of one image: from a run on tensors without data."""
+def _count(
+    config: DenoiserConfig | PriorConfig, lora: LoraConfig | None, shape: tuple[int, int] | None, num_tokens: int
+) -> tuple[int, int, int]:
+    """Parameters, those that are trained, and values kept for the backward pass of one image: from a run on tensors
+    without data."""
     kept: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
@@ -70,8 +80,11 @@ def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, 
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes() // tensor.element_size()
         return tensor
 
-    with FakeTensorMode(), _FlashAttention():
-        net: nn.Module = config.network.build().train()
+    with FakeTensorMode(), torch.device("meta"), _FlashAttention():
+        denoiser = Denoiser(config).train()
+        net = denoiser.net
+        if lora is not None:
+            add_new_adapter(denoiser, lora)
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         of_one = config.shape if shape is None else (config.shape[0], *shape)
         x, conditioning = torch.randn(1, *of_one), _any_conditioning(config, of_one, num_tokens)
@@ -79,15 +92,18 @@ def _count(config: DenoiserConfig | PriorConfig, shape: tuple[int, int] | None, 
             alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)
         del alive
-        return sum(p.numel() for p in net.parameters()), total
+        trained = saved_parameters(denoiser).values()
+        return sum(p.numel() for p in net.parameters()), sum(p.numel() for p in trained), total
 
 
 def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
     """One row of everything the network reads."""
-    network, text, mask = config.network, None, None
-    if network.text_shape is not None:
-        text, mask = torch.randn(1, num_tokens, *network.text_shape), torch.ones(1, num_tokens, dtype=torch.bool)
-    conditioning = Conditioning(text=text, text_mask=mask)
+    network, conditioning = config.network, Conditioning()
+    if network.text_shapes:
+        text = tuple(torch.randn(1, num_tokens, *shape) for shape in network.text_shapes)
+        mask = tuple(torch.ones(1, num_tokens, dtype=torch.bool) for _ in text)
+        several = isinstance(network.text_dim, tuple)
+        conditioning = Conditioning(text=text if several else text[0], text_mask=mask if several else mask[0])
     if network.self_conditioning:
         conditioning = replace(conditioning, estimate=torch.randn(1, *shape))
     if isinstance(network, PriorNetworkConfig):

@@ -9,17 +9,18 @@ from torch import nn
 
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
+from imagen_core.train.lora.adapter import saved_parameters
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; biases and the gains of norms are not decayed.
+    """AdamW over all parameters, or those of the adapter; biases and the gains of norms are not decayed.
 
     A group's `lr_scale` is its learning rate as a multiple of the configuration's.
 
     Raises:
         TrainError: a group of the configuration has no parameters.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in saved_parameters(model).items() if p.requires_grad]
     left: dict[str, nn.Parameter] = dict(named)
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(config.groups):

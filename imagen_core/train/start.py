@@ -20,6 +20,7 @@ from imagen_core.train.context import TrainingContext
 from imagen_core.train.data.stores import num_training_samples
 from imagen_core.train.errors import TrainError
 from imagen_core.train.logs import METRICS, read_metrics
+from imagen_core.train.lora.adapter import saved_parameters
 
 STARTS = "starts.jsonl"
 _SCHEDULES = ("logging.", "checkpoints.", "validation.", "grid.")
@@ -46,6 +47,7 @@ class TrainingStart:
     model: str
     """Family of the network, with the side of its images in pixels unless it is a prior."""
     parameters: int
+    """Of the network, without an adapter's."""
     device: str
     processes: int
     precision: str
@@ -62,12 +64,15 @@ class TrainingStart:
     """The stores of a mixture."""
     chosen: tuple[int, int] | None = None
     """Samples for which `where` is true, and samples of the store; None without a condition."""
+    adapter_parameters: int | None = None
+    """Parameters of the adapter, which alone is trained; None where all weights are."""
     captions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By name of each store from whose sets of captions more than the first is read: the part of the captions that
     comes from each set, 0..1, of samples that have captions of all sets."""
 
     def lines(self) -> list[str]:
         """Lines for people."""
+        adapter = self.adapter_parameters
         where = self.device if self.processes == 1 else f"{self.processes} processes on {self.device}"
         begins = f"resumed from step {self.step:,}" if self.step else "begins"
         seen = self.num_steps * self.batch_size
@@ -76,6 +81,7 @@ class TrainingStart:
         return [
             *([] if self.chosen is None else ["where {:,} of {:,} samples of the store".format(*self.chosen)]),
             f"model {self.model}, {self.parameters:,} parameters, {self.precision} on {where}",
+            *([] if adapter is None else [f"adapter of {adapter:,} parameters, which alone are trained"]),
             f"data {self.samples:,} samples, batches of {self.batch_size:,}: {self.num_steps:,} steps are "
             f"{count}{epochs}; {begins}",
             *(
@@ -99,12 +105,15 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
     now = config.model_dump(mode="json")
     changes = [] if saved is None else changed_fields(*map(_stores_by_name, (_with_defaults(saved), now)))
     samples = num_training_samples(context.stores, config)
+    adapter = None
+    if config.lora is not None:
+        adapter = sum(parameter.numel() for parameter in saved_parameters(denoiser).values())
     stores = () if config.store is not None else tuple(MixedStore(n, samples[n], config.shares[n]) for n in samples)
     return TrainingStart(
         step=step,
         num_steps=config.num_steps,
         model=family if size is None else f"{family} of {size} px",
-        parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+        parameters=sum(parameter.numel() for parameter in denoiser.parameters()) - (adapter or 0),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         processes=context.world.size,
         precision=config.precision,
@@ -114,6 +123,7 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
         checkpoint_every_steps=config.checkpoints.every_steps,
         stores=stores,
         chosen=_chosen(context),
+        adapter_parameters=adapter,
         captions=_caption_shares(context),
         changes=tuple(change for change in changes if not change.startswith(_SCHEDULES)),
     )
@@ -121,9 +131,10 @@ def training_start(context: TrainingContext, step: int, saved: Mapping[str, Any]
 
 def _caption_shares(context: TrainingContext) -> dict[str, dict[str, float]]:
     config = context.config
-    if config.text is None and config.text_embed is None:
+    if not config.reads_captions:
         return {}
-    found = {name: caption_shares(store, config.captions) for name, store in context.stores.items()}
+    each = config.by_store()
+    found = {name: caption_shares(store, each[name].captions) for name, store in context.stores.items()}
     return {name: shares for name, shares in found.items() if [*shares] != [*context.stores[name].caption_sets][:1]}
 
 

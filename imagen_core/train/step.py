@@ -85,7 +85,9 @@ def _backward(context: TrainingContext, state: TrainState, batch: Batch, scale: 
     recorded = total.new_zeros(2, world.size * most if learns else 0)
     for start in starts:
         part = batch.part(start, start + size)
-        example = make_example(part, config, context.denoiser, world.device, state.step, state.noise_levels)
+        example = make_example(
+            part, config, context.denoiser, world.device, state.step, state.noise_levels, context.null_text
+        )
         with syncing(context.loss, start == starts[-1]):
             losses = context.loss(example)
             if learns:

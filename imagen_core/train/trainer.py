@@ -1,6 +1,6 @@
 """The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,14 +11,15 @@ import torch
 from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
 from imagen_core.sealed import write_sealed
+from imagen_core.store import Store
 from imagen_core.train.checkpoints.checkpoint import (
-    LoadedDenoiser,
+    LoadCheckpoint,
     checkpoints,
-    load_checkpoint,
+    load_local,
     read_state,
     refuse_other,
 )
-from imagen_core.train.checkpoints.init_from import LoadCheckpoint, initialize_from
+from imagen_core.train.checkpoints.init_from import Start, initialize_from
 from imagen_core.train.checkpoints.kept import (
     best_checkpoints,
     newest_checkpoint,
@@ -29,7 +30,7 @@ from imagen_core.train.checkpoints.kept import (
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
-from imagen_core.train.data.encoders import encoder_records
+from imagen_core.train.data.encoders import encoder_records, null_text
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.data.online import OnlineEncoder
 from imagen_core.train.data.randomness import RandomStream, mix
@@ -40,11 +41,12 @@ from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import StoreLostError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values
+from imagen_core.train.lora.adapter import add_new_adapter
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
 from imagen_core.train.optimizer import make_optimizer
 from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
-from imagen_core.train.parallel.world import joined_world
+from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.start import TrainingStart, record_start, refuse_lost, training_start
@@ -53,17 +55,13 @@ from imagen_core.train.step import take_step
 T = TypeVar("T")
 
 
-def _load_local(path: str, weights: str | None) -> LoadedDenoiser:
-    return load_checkpoint(Path(path), weights)
-
-
 def train(
     config: TrainConfig,
     out: Path,
     on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     online_encoder: OnlineEncoder | None = None,
-    load: LoadCheckpoint = _load_local,
+    load: LoadCheckpoint = load_local,
     on_start: Callable[[TrainingStart], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
@@ -95,31 +93,21 @@ def train(
         StoreError: it cannot be read from the beginning.
     """
     with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
-        # Model: the same random weights on every process.
+        # Model: the same weights on every process.
         stores = open_stores(config, online=online_encoder is not None)
         if online_encoder is not None:
             online_encoder.check(config)
-        torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
-        denoiser = Denoiser(config.denoiser).to(world.device, weights_dtype(config.precision))
-        if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compute.compile:
-            # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
-            # evaluation.
-            shapes = max(len(trained_shapes(store, config)) for store in stores.values())
-            torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
-            torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
-            denoiser.net.compile(dynamic=False)
-        loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
-        encode = None if online_encoder is None else online_encoder.load()
-        context = TrainingContext(config, stores, world, denoiser, loss, encode)
-
-        # What training changes, as the newest checkpoint has it.
         found = newest_checkpoint(out / "checkpoints", world)
         if found is None:
             refuse_lost(out, config)
+        denoiser, base = _make_denoiser(config, world, stores, load)
+        loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
+        encode = None if online_encoder is None else online_encoder.load()
+        context = TrainingContext(config, stores, world, denoiser, loss, encode, null_text(stores, config, encode))
+
+        # What training changes, as the newest checkpoint has it.
         if found is None and config.init_from is not None:
-            loaded = initialize_from(denoiser, config, load)
+            loaded = base or initialize_from(denoiser, config, load)
             if world.is_main:
                 write_sealed(out / "start.json", asdict(loaded))
         state = TrainState(
@@ -130,9 +118,9 @@ def train(
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
-        encoders = encoder_records(stores, config, online_encoder)
+        records = {**encoder_records(stores, config, online_encoder), **_adapter_record(config, base)}
         if found is not None and saved is not None:
-            refuse_other(saved, found, denoiser=_json(config.denoiser), **encoders)
+            refuse_other(saved, found, denoiser=_json(config.denoiser), **records)
             saved["loader"] = resumed_state(saved["loader"], saved["config"], config)
             state.load(found, saved)
         if world.is_main:
@@ -144,10 +132,32 @@ def train(
 
         loggers = Loggers(config, out, state.step, writes=world.is_main)
         try:
-            run = TrainingRun(context, out, state, loggers, encoders, check)
+            run = TrainingRun(context, out, state, loggers, records, check)
             return run.run(saved["loader"] if saved else None, on_progress, should_stop)
         finally:
             loggers.close()
+
+
+def _make_denoiser(
+    config: TrainConfig, world: World, stores: Mapping[str, Store], load: LoadCheckpoint
+) -> tuple[Denoiser, Start | None]:
+    """The model of this process, and the base that was loaded into it, if an adapter is trained."""
+    torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
+    denoiser, base = Denoiser(config.denoiser), None
+    if config.lora is not None:
+        base = initialize_from(denoiser, config, load)
+        add_new_adapter(denoiser, config.lora)
+    denoiser.to(world.device, weights_dtype(config.precision))
+    if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compute.compile:
+        # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
+        # evaluation.
+        shapes = max(len(trained_shapes(store, config)) for store in stores.values())
+        torch._dynamo.config.recompile_limit = limit = 32 * max(1, shapes)
+        torch._dynamo.config.accumulated_recompile_limit = max(256, 2 * limit)
+        denoiser.net.compile(dynamic=False)
+    return denoiser, base
 
 
 class TrainingRun:
@@ -159,13 +169,13 @@ class TrainingRun:
         out: Path,
         state: TrainState,
         loggers: Loggers,
-        encoders: dict[str, Any],
+        records: dict[str, Any],
         check: Callable[[], None] | None = None,
     ):
-        """`encoders`: the `encoder_records` that checkpoints keep."""
+        """`records`: what checkpoints keep besides: the `encoder_records`, and the adapter."""
         self._check = check or (lambda: None)
         self._saved_step = state.step
-        self.context, self.out, self.state, self.loggers, self.encoders = context, out, state, loggers, encoders
+        self.context, self.out, self.state, self.loggers, self.records = context, out, state, loggers, records
         self.config, self.world = context.config, context.world
         self.last: dict[str, Any] = {}
         """The newest value of each metric."""
@@ -324,7 +334,7 @@ class TrainingRun:
             {
                 "loader": loader_state,
                 "denoiser": _json(self.config.denoiser),
-                **self.encoders,
+                **self.records,
                 "shapes": [list(shape) for shape in trained_shapes(store, self.config)],
                 "config": _json(self.config),
                 "torch": torch.__version__,
@@ -365,6 +375,14 @@ class TrainingRun:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "best_checkpoint": next(map(str, best_checkpoints(self.out / "checkpoints")), None),
         }
+
+
+def _adapter_record(config: TrainConfig, base: Start | None) -> dict[str, Any]:
+    """What checkpoints keep of an adapter and its base; nothing where all weights are trained."""
+    if config.lora is None or base is None:
+        return {}
+    record = {"path": base.checkpoint, "step": base.step, "weights": base.weights, "sha256": base.sha256}
+    return {"lora": {**_json(config.lora), "alpha": config.lora.scale_times_rank, "base": record}}
 
 
 def _json(config: Any) -> dict[str, Any]:

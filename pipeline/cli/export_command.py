@@ -10,7 +10,7 @@ from pipeline.cli.config_commands import build, run_and_show
 from pipeline.cli.stage_commands import AsJson, show_stage_command
 from pipeline.errors import ConfigError
 
-_DIFFUSERS = "diffusers"
+_DIFFUSERS, _ADAPTER = "diffusers", "lora"
 _STORE_TARGETS = "mds, webdataset or parquet"
 
 
@@ -22,8 +22,13 @@ Paths = Annotated[
         f"first; with --to {_STORE_TARGETS} a store.",
     ),
 ]
-Out = Annotated[str, typer.Option(help="The .safetensors file to write; with --to the folder. A path or a URL.")]
-To = Annotated[str | None, typer.Option(help=f"Export a cascade, to diffusers; or a store, to {_STORE_TARGETS}.")]
+Out = Annotated[
+    str, typer.Option(help="The .safetensors file to write; of a cascade or store the folder. A path or a URL.")
+]
+To = Annotated[
+    str | None,
+    typer.Option(help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."),
+]
 Weights = Annotated[
     str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
 ]
@@ -69,9 +74,10 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", help="Of a store: no progress.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take; with
-    --to diffusers a cascade as a folder that diffusers opens; or the samples of a store as files that other trainers
-    read, where the same command again resumes."""
+    """Write a trained model and its configuration as one file, which `checkpoint` and `init_from.path` take, an
+    adapter merged into its base; with --to lora the adapter alone; with --to diffusers a cascade as a folder that
+    diffusers opens; or the samples of a store as files that other trainers read, where the same command again
+    resumes."""
     of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--executor": executor}
     of_stores |= {"--restart": restart, "--quiet": quiet}
     of_cascades = {"--sampling": sampling, "--encoder-model": encoder_model}
@@ -86,9 +92,9 @@ def export(
     if len(paths) > 1:
         raise ConfigError(f"PATH: {paths[1]}: only --to diffusers takes several; export one after the other")
     _refuse(of_cascades, "is for exports of a cascade; add --to diffusers")
-    if to is None:
+    if to is None or to == _ADAPTER:
         _refuse(of_stores | {"--dtype": dtype}, f"is for exports of a store; add --to {_STORE_TARGETS}")
-        show_stage_command("export", paths[0], as_json, out=out, weights=weights)
+        show_stage_command("export", paths[0], as_json, out=out, weights=weights, adapter=to == _ADAPTER)
         return
     _refuse({"--weights": weights}, "is for exports of a model; leave it out, or --to")
     values = {"sizes_px": size, "encoders": encoder, "codec": codec, "dtype": dtype}

@@ -25,11 +25,19 @@ def verify(
         list[str] | None,
         typer.Option(metavar="NAME=MODEL", help="Path or hub id of an encoder's model, if it has moved."),
     ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=CONFIG",
+            help="For --reencode: what made embeddings that came with the data, as a YAML mapping or a file with one.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check all checksums, the alignment of all rows, and that every input row is accounted for. Names each bad file;
     exits with 1 if there is one."""
-    show_stage_command("verify", store, as_json, reencode=reencode, seed=seed, encoder_models=encoder_model or ())
+    more = {"encoder_models": encoder_model or (), "encoders": encoder or ()}
+    show_stage_command("verify", store, as_json, reencode=reencode, seed=seed, **more)
 
 
 @stage_commands.command()

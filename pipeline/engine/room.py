@@ -52,11 +52,11 @@ class Room:
         return self.least_bytes > self.free_bytes
 
     def __str__(self) -> str:
-        more = f", and {', '.join(self.unknown)}" if self.unknown else ""
-        return (
-            f"{' and '.join(self.holds)} at {self.folder}: {human_bytes(self.expected_bytes)}{more} to write, "
-            f"{human_bytes(self.free_bytes)} free"
-        )
+        unknown = f"{', '.join(self.unknown)} (of unknown size)"
+        what = human_bytes(self.expected_bytes)
+        if self.unknown:
+            what = f"{what}, and {unknown}" if self.expected_bytes else unknown
+        return f"{' and '.join(self.holds)} at {self.folder}: {what} to write, {human_bytes(self.free_bytes)} free"
 
 
 def rooms(

@@ -24,8 +24,8 @@ class LocalExecutor(Executor):
         self.gpus = visible_gpus()
         self.num_cpus = config.num_cpus or usable_cpus()
         stateless = [s for s in stages if s.max_workers is None and s.resources.num_cpus >= 1]
-        forked = any(stage.modules for stage in stateless)
-        shared = _Pool([WorkerProcess(None, forked=forked) for _ in range(self.num_cpus)])
+        self.forked = any(stage.modules for stage in stages)
+        shared = _Pool([WorkerProcess(None, forked=self.forked) for _ in range(self.num_cpus)])
         self.order = [stage.name for stage in stages]
         self.pools = {s.name: shared if s in stateless else self._own_pool(s) for s in stages}
         self.workers = [worker for pool in {*self.pools.values(), shared} for worker in pool.workers]
@@ -36,12 +36,12 @@ class LocalExecutor(Executor):
         """Processes of a stage that waits rather than computes, so that others compute meanwhile; or one worker per
         GPU, or fraction of a GPU, for a stage whose workers keep their models."""
         if stage.max_workers is None:
-            return _Pool([WorkerProcess(None, forked=bool(stage.modules)) for _ in range(self.num_cpus)])
+            return _Pool([WorkerProcess(None, forked=self.forked) for _ in range(self.num_cpus)])
         num_gpus = stage.resources.num_gpus
         gpus = [None] if not self.gpus or num_gpus == 0 else self.gpus * max(1, int(1 / (num_gpus or 1)))
         count = stage.max_workers or len(gpus)
-        slots, forked = stage.tasks_per_worker, bool(stage.modules)
-        return _Pool([WorkerProcess(gpus[i % len(gpus)], slots, forked=forked) for i in range(count)])
+        slots = stage.tasks_per_worker
+        return _Pool([WorkerProcess(gpus[i % len(gpus)], slots, forked=self.forked) for i in range(count)])
 
     def expect(self, stages: Sequence[Stage]) -> None:
         if not self.modules.keys().isdisjoint(stage.name for stage in stages):

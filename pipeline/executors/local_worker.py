@@ -1,9 +1,9 @@
 """A worker process of this machine: receives tasks through a pipe, and runs one or several at a time.
 
-On Linux workers whose stages import large packages are forked from one process that has imported them
+On Linux workers of a run with stages that import large packages are forked from one process that has imported them
 (multiprocessing's fork server), so each package is imported once per run and its memory is shared. That process runs
-nothing else: it has no threads of Python and does not use a GPU. Elsewhere, and for the other stages, workers are
-started afresh.
+nothing else: it has no threads of Python and does not use a GPU. Elsewhere, and in other runs, workers are started
+afresh.
 """
 
 import multiprocessing
@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 Work = tuple[Stage, RunFolder, TaskRequest | SetupRequest]
 
 _CAN_FORK = sys.platform == "linux"
+_FIRST_IMPORT = "pipeline.executors.without_gc"
 _imported: set[str] = set()
 """Modules of the process to fork from, once it was started."""
 _is_warm = False
@@ -46,7 +47,7 @@ def warm_up(modules: Sequence[str]) -> None:
     if not _imported:
         _imported.update(modules)
     with stop_signals_held(), _environment(WAITING_THREADS):
-        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *modules])
+        multiprocessing.get_context("forkserver").set_forkserver_preload([_FIRST_IMPORT, __name__, *modules])
         forkserver.ensure_running()
 
 

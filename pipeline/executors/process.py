@@ -1,17 +1,22 @@
 """What a worker process sets for itself before its first task."""
 
 import ctypes
+import gc
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
 """Environment of workers: threads of a model that wait for each other sleep. By default they spin, and take the cores
-that other workers compute on. OpenMP reads it when torch is imported."""
+that other workers compute on. OpenMP reads it when torch is imported; OpenBLAS, whose threads wait for 2**4 cycles,
+when NumPy or SciPy is."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 * 2**20
 _MAPPED_BYTES = 32 * 2**20
 """The most that glibc allows."""
+
+_is_worker = False
 
 
 def prepare_process() -> None:
@@ -19,10 +24,36 @@ def prepare_process() -> None:
 
     glibc gives the memory of an image or of a model's activations back to the system with every `free`, and takes it
     again, page by page, for the next one: as much time as decoding a JPEG needs.
+
+    The first call also stops the search for garbage until a stage is set up (`set_up_once`). What is there already
+    stays for good: it is no longer looked through, so that memory shared with other processes stays shared.
     """
+    global _is_worker
+    if not _is_worker:
+        _is_worker = True
+        gc.disable()
+        gc.freeze()
     for name, value in WAITING_THREADS.items():
         os.environ.setdefault(name, value)
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+@contextmanager
+def set_up_once() -> Iterator[None]:
+    """While a worker imports packages and loads a model: hundreds of thousands of objects, which all stay. Searching
+    them for garbage takes a fifth of the time meanwhile, and a third of that of a download afterwards. So it is done
+    once, at the end of the block; then they are left out. In a process that is no worker nothing changes.
+    """
+    if not _is_worker:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()  # or a copy of the weights in a cycle would stay
+        gc.freeze()
+        gc.enable()

@@ -14,7 +14,7 @@ from pipeline.executors.base import ExecutionConfig, Executor
 from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
 from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
-from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here
+from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here, waits
 from pipeline.executors.task import SetupRequest, TaskOutcome, TaskRequest
 from pipeline.executors.watchdog import worker_lost
 from pipeline.stage import Stage
@@ -263,7 +263,7 @@ class RayExecutor(Executor):
         """From now on tasks and workers go to nodes with these labels."""
         import ray
 
-        for name, stage in self.stages.items():
+        for name in self.stages:
             demand = self.demands[name]
             # The scheduler retries, not Ray: it knows the cause, and Ray retries out-of-memory kills without end.
             placement: dict[str, Any] = {
@@ -275,13 +275,14 @@ class RayExecutor(Executor):
             if name not in self.pools:
                 self.remote_task[name] = ray.remote(run_here).options(max_retries=0, name=name, **placement)
             else:
-                actor = ray.remote(StageActor).options(max_concurrency=stage.tasks_per_worker, **placement)
+                actor = ray.remote(StageActor).options(max_concurrency=self.pools[name].slots, **placement)
                 self.pools[name].actor_class = actor
 
     def _has_pool(self, stage: Stage) -> bool:
-        """Whether the stage has long-lived workers. One that only imports large packages has them on a Ray that was
-        started here: in a cluster its waiting tasks are the demand that an autoscaler sees, and Ray places each."""
-        return stage.max_workers is not None or (bool(stage.modules) and self.address is None)
+        """Whether the stage has long-lived workers. One that only imports large packages, or that waits rather than
+        computes, has them on a Ray that was started here, so that no more processes start than there are CPUs: in a
+        cluster its waiting tasks are the demand that an autoscaler sees, and Ray places each."""
+        return stage.max_workers is not None or (self.address is None and (bool(stage.modules) or waits(stage)))
 
     def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
         """Resources that a task or worker of the stage requests; without a cluster at most those of this machine."""
@@ -307,7 +308,8 @@ class RayExecutor(Executor):
             pool.resize(nodes)
             pool.release_idle(self.config.idle_release_s)
             self._track(pool, pool.feed())
-        workers = max(1.0, total(nodes, "CPU")) + sum(pool.limit for pool in self.pools.values())
+        limits = [pool.limit for pool in self.pools.values() if not waits(pool.stage)]
+        workers = max(1.0, total(nodes, "CPU")) + sum(limits)
         self.window = self.config.max_in_flight_shards or max(4, 2 * int(workers))
         for name in {request.stage for _, _, request in self.running.values() if request} | set(self.pools):
             self._warn_missing(name)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import MachineError, PipelineError, first_line
 from pipeline.executors.base import usable_cpus
+from pipeline.executors.process import WAITING_THREADS
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     # By default Ray ends workers that are idle for a second, and their successors load all packages again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "86400000")
     if address is None:
+        for name, value in WAITING_THREADS.items():
+            os.environ.setdefault(name, value)  # which workers then have before they import anything
         # Ray's switch for machines that are no cluster: everything binds 127.0.0.1 instead of all interfaces.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
@@ -94,7 +97,7 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
         else:
             os.environ.pop("RAY_ADDRESS", None)
             ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
-            with without_api_server():
+            with without_needless_processes():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus or usable_cpus(),
@@ -116,20 +119,26 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
 
 
 @contextmanager
-def without_api_server() -> Iterator[None]:
-    """Lets Ray start no API server in the block, as if that had failed, which Ray goes on after.
+def without_needless_processes() -> Iterator[None]:
+    """Lets Ray start neither its API server in the block, as if that had failed, which Ray goes on after, nor its
+    autoscaler and its reader of logs, which are two more interpreters and have nothing to do on one machine.
 
-    Without a dashboard it has one module, UsageStatsHead. This asks 169.254.169.254 and metadata.google.internal for
-    the cloud that it is in, also where usage statistics are off; no setting of Ray 2.60 stops that.
+    Without a dashboard the API server has one module, UsageStatsHead. This asks 169.254.169.254 and
+    metadata.google.internal for the cloud that it is in, also where usage statistics are off; no setting of Ray 2.60
+    stops that.
     """
     from ray._private import services
+    from ray._private.node import Node
 
-    start = services.start_api_server
-    services.start_api_server = lambda *_, **__: (None, None)
+    starts = ((services, "start_api_server"), (Node, "start_monitor"), (Node, "start_log_monitor"))
+    found = [getattr(owner, name) for owner, name in starts]
+    for owner, name in starts:
+        setattr(owner, name, lambda *_, **__: (None, None))
     try:
         yield
     finally:
-        services.start_api_server = start
+        for (owner, name), start in zip(starts, found, strict=True):
+            setattr(owner, name, start)
 
 
 def _not_connected(address: str | None, why: str) -> str:

@@ -38,6 +38,11 @@ Started = tuple[Any, RayWorker, TaskRequest | None]
 """An object reference to wait for, its worker, and the task; None stands for the start of the worker itself."""
 
 
+def waits(stage: Stage) -> bool:
+    """Whether the stage keeps no model and waits rather than computes, so that a process may run several tasks."""
+    return stage.max_workers is None and 0 < stage.resources.num_cpus < 1
+
+
 class WorkerPool:
     """Hands tasks to workers. More workers are requested from Ray only while tasks wait: an autoscaler sees the
     pending ones as demand."""
@@ -57,6 +62,8 @@ class WorkerPool:
         self.demand = demand
         self.actor_class = actor_class
         self.stage_ref = stage_ref
+        self.slots = int(1 / stage.resources.num_cpus) if waits(stage) else stage.tasks_per_worker
+        """Tasks that a worker runs at once."""
         self.limit = 1
         self.failed_starts = 0
         self.workers: list[RayWorker] = []
@@ -94,7 +101,7 @@ class WorkerPool:
             placed = (worker for worker in self.workers if worker.node and not worker.alone)
             worker = min(placed, key=lambda w: w.num_running, default=None)
             alone = self.waiting[0].alone
-            if worker is None or worker.num_running >= (1 if alone else self.stage.tasks_per_worker + _PREFETCH):
+            if worker is None or worker.num_running >= (1 if alone else self.slots + _PREFETCH):
                 return started
             request = self.waiting.popleft()
             worker.num_running += 1

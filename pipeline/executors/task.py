@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from imagen_core.far import StorageError, without_secrets
 from pipeline.errors import EXIT_ENVIRONMENT, PipelineError, storage_error
+from pipeline.executors.process import set_up_once
 from pipeline.fingerprint import digest
 from pipeline.stage import Drop, Shard, Stage, Task, note_progress
 from pipeline.storage import LocalStorage
@@ -182,7 +183,8 @@ def _prepare(stage: Stage, run: RunFolder) -> Stage:
     key = digest([run.url, stage.name, [[group.name, dict(group.config)] for group in stage.groups]])
     with _prepare_lock:
         if key not in _prepared:
-            stage.setup(run)
+            with set_up_once():
+                stage.setup(run)
             _prepared[key] = stage
         return _prepared[key]
 

@@ -1,10 +1,12 @@
-"""`pipeline export`: a trained model and its configuration as one file."""
+"""`pipeline export`: a trained model and its configuration, or an adapter, as one file."""
 
 import os
-from pathlib import PurePosixPath
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
-from imagen_core.train import CheckpointError
+from imagen_core.train import LoadedDenoiser, LoraUseConfig, TrainError
 from imagen_core.train.checkpoints.single_file import write_model
+from imagen_core.train.lora.file import write_adapter
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
 from pipeline.storage import LocalStorage, Storage
@@ -15,9 +17,11 @@ from stages.checkpoints.load import _ONE_FILE, load_checkpoint_from
 from stages.places import split_place
 
 
-def export_model(place: str, *, out: str, weights: str | None = None) -> CommandResult:
+def export_model(place: str, *, out: str, weights: str | None = None, adapter: bool = False) -> CommandResult:
     """Writes the weights of a training, or one of their averages, with the model's configuration as one file.
 
+    Args:
+        adapter: write the adapter of a training with `lora` alone; otherwise it is merged into its base.
     Raises:
         ConfigError: there is no such checkpoint, or `out` is not a new .safetensors file. A file of the same export
             is no error: a killed export may be started again, whatever it had done.
@@ -26,27 +30,44 @@ def export_model(place: str, *, out: str, weights: str | None = None) -> Command
         raise ConfigError(f"--out {out}: must end in {_ONE_FILE}; give a new file")
     storage, name = split_place(out)
     _check_target(storage, name, out)
+    use = LoraUseConfig(merge=False) if adapter else None
     try:
-        model = load_checkpoint_from(place, weights)
-    except CheckpointError as error:
+        model = load_checkpoint_from(place, weights, use)
+    except TrainError as error:
         raise ConfigError(str(error)) from error
+    size = _publish(storage, name, out, lambda path: _write(path, model, adapter=adapter))
+    result = {"file": out, "bytes": size, "step": model.step, "weights": model.weights}
+    lines = [f"{model.weights} of step {model.step} -> {out} ({human_bytes(size)})"]
+    if not adapter:
+        lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {out}}}]' 'prompts=[...]'")
+    return result, lines, EXIT_OK
+
+
+def _write(path: Path, model: LoadedDenoiser, *, adapter: bool) -> None:
+    if adapter:
+        write_adapter(path, model.denoiser, {"step": str(model.step), "weights": model.weights})
+    else:
+        write_model(path, model)
+
+
+def _publish(storage: Storage, name: str, out: str, write: Callable[[Path], None]) -> int:
+    """Has a file written and puts it in its place, which has no other file; returns its bytes.
+
+    Raises:
+        ConfigError: another file is there.
+    """
     temporary = storage.local / f"{TEMPORARY_MARK}{name}"  # always the same: no kill leaves it
     make_folder(temporary.parent)
     try:
-        write_model(temporary, model)
+        write(temporary)
+        size = temporary.stat().st_size
         if (before := _digest(storage, name)) is None:
-            size = temporary.stat().st_size
             storage.publish(temporary, name)
         elif before != file_digest(temporary):
             raise ConfigError(f"--out {out}: exists, and is another model or file; give a new file")
-        else:
-            size = temporary.stat().st_size
     finally:
         remove_if_present(temporary)
-    result = {"file": out, "bytes": size, "step": model.step, "weights": model.weights}
-    lines = [f"{model.weights} of step {model.step} -> {out} ({human_bytes(size)})"]
-    lines.append(f"sample: pipeline run sample 'stages=[{{checkpoint: {out}}}]' 'prompts=[...]'")
-    return result, lines, EXIT_OK
+    return size
 
 
 def _check_target(storage: Storage, name: str, out: str) -> None:

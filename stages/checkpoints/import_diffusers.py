@@ -48,15 +48,17 @@ def import_diffusers(paths: Sequence[str], *, out: str, encoder_model: str | Non
     widths = {stage.config.unet.text_dim for stage in stages}
     if len(widths) != 1:
         raise ConfigError(f"the stages read embeddings of different widths ({widths}), so not of one text encoder")
+    width = widths.pop()
+    assert width is None or isinstance(width, int)
     settings = dict(recipes()[RECIPE]["settings"])
     model, max_tokens = settings.pop("model"), settings.pop("max_tokens")
     files = [] if encoder_model is not None else _text_encoder([pipe.folder for pipe in found])
     if not files:
-        encoder = t5_facts(encoder_model or model, max_tokens, widths.pop(), **settings)
+        encoder = t5_facts(encoder_model or model, max_tokens, width, **settings)
         return write_stages(target, stages, encoder)
     with temporary_folder() as parent:
         link_files(files, parent / "text_encoder")
-        encoder = t5_facts(str(parent / "text_encoder"), max_tokens, widths.pop(), **settings)
+        encoder = t5_facts(str(parent / "text_encoder"), max_tokens, width, **settings)
         return write_stages(target, stages, encoder, files)
 
 

@@ -40,7 +40,7 @@ def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = N
     sizes = [stage.config.size_px for stage in stages]
     if len(set(sizes)) != len(sizes):
         raise ConfigError(f"the models generate images of {sizes} pixels; give one of each size")
-    widths = {stage.config.unet.text_dim for stage in stages}
+    widths = {stage.config.unet.text_width for stage in stages}
     if len(widths) != 1:
         raise ConfigError(f"the models read embeddings of different widths ({widths}), so not of one text encoder")
     encoder = t5_facts(encoder_model or ENCODER, _ENCODED_TOKENS, widths.pop())

@@ -2,11 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from zipfile import is_zipfile
 
 import yaml
@@ -16,20 +17,23 @@ from pipeline.commands import CommandResult
 from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
 from pipeline.storage.files import TEMPORARY_MARK, commit_folder, file_digest, make_folder, write_text
+from stages.encoders.base import EncoderConfig
+from stages.encoders.clip import ClipTextConfig
+from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.t5 import T5EncoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from imagen_core.diffusion import DenoiserConfig
+    from imagen_core.diffusion import DenoiserConfig, PriorConfig
 
 _SAMPLE = "sample.yaml"
 _TEXT_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True, slots=True)
-class ImportedStage:
-    """One stage of a cascade.
+class ImportedModel:
+    """One stage of a cascade, or a prior.
 
     Attributes:
         source: the file or folder it was read from.
@@ -40,10 +44,31 @@ class ImportedStage:
     """
 
     source: str
-    config: "DenoiserConfig"
+    config: "DenoiserConfig | PriorConfig"
     sampling: Mapping[str, Any]
     max_tokens: int
     network: "Callable[[], Mapping[str, Tensor]]"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedStage(ImportedModel):
+    """One stage of a cascade."""
+
+    config: "DenoiserConfig"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedEncoders:
+    """What encoded the captions and images of a model: name, dim, dtype and fingerprint, as of a store's group.
+
+    Attributes:
+        text: of captions as tokens; None if no stage reads them.
+        embeds: `text_embed`, of captions as one vector each, which a prior reads; and `image_embed`, of images, which
+            a prior generates, and decoders read.
+    """
+
+    text: Mapping[str, Any] | None
+    embeds: Mapping[str, Mapping[str, Any]]
 
 
 def new_folder(out: str) -> Path:
@@ -74,23 +99,57 @@ def t5_facts(model: str, max_tokens: int, dim: int | None, **reading: object) ->
         MachineError: it cannot be found.
     """
     settings = {"name": "t5", "model": model, "max_tokens": max_tokens, "compute_dtype": "float32"}
-    config = T5EncoderConfig.model_validate({**reading, **settings})
-    try:
+    return _facts(T5EncoderConfig.model_validate({**reading, **settings}), dim)
+
+
+def clip_encoders(
+    model: str, *, max_tokens: int, text_dim: int | None, text_embed_dim: int | None, image_embed_dim: int | None
+) -> ImportedEncoders:
+    """A CLIP's token states, and its embeddings of captions and of images, of these widths; None for those not read.
+
+    Raises:
+        ConfigError: the encoder has another width, or is no CLIP.
+        MachineError: it cannot be found.
+    """
+
+    def text(name: str, output: Literal["last_hidden_state", "projected"], dim: int) -> dict[str, Any]:
+        made = ClipTextConfig(name=name, model=model, max_tokens=max_tokens, output=output, compute_dtype="float32")
+        return _facts(made, dim)
+
+    embeds = {}
+    if text_embed_dim is not None:
+        embeds["text_embed"] = text("clip", "projected", text_embed_dim)
+    if image_embed_dim is not None:
+        with _finding(), (config := ClipImageConfig(name="clip", model=model, from_px=1)).located() as files:
+            config = config.model_copy(update={"from_px": config.preprocessing(files).size_px})
+        embeds["image_embed"] = _facts(config, image_embed_dim)
+    tokens = None if text_dim is None else text("clip-tokens", "last_hidden_state", text_dim)
+    return ImportedEncoders(tokens, embeds)
+
+
+def _facts(config: EncoderConfig | ClipImageConfig, dim: int | None) -> dict[str, Any]:
+    with _finding():
         identity = config.identify()
+    if dim not in (None, identity.dim):
+        raise ConfigError(f"the network reads {dim}-wide embeddings, but {config.model} is {identity.dim} wide")
+    return {"name": config.name, "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
+
+
+@contextmanager
+def _finding() -> Iterator[None]:
+    """Adds to the error of an encoder that is not found what may be done."""
+    try:
+        yield
     except MachineError as error:
         raise MachineError(f"{error}; or say with --encoder-model where it is") from error
-    if dim not in (None, identity.dim):
-        raise ConfigError(f"the network reads {dim}-wide embeddings, but {model} is {identity.dim} wide")
-    return {"name": "t5", "dim": identity.dim, "dtype": "float32", "fingerprint": identity.fingerprint}
 
 
 def in_one_line(error: Exception) -> str:
     """A validation error's first finding, with its place; of another error its first line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).removeprefix(
-            ": "
-        )
+        place, words = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{place}: {words}" if place else words
     return first_line(error)
 
 
@@ -116,22 +175,28 @@ def write_stages(
     stages: Sequence[ImportedStage],
     encoder: Mapping[str, Any] | None,
     text_encoder: Sequence[Path] = (),
+    *,
+    embed_encoders: Mapping[str, Mapping[str, Any]] | None = None,
+    prior: ImportedModel | None = None,
 ) -> CommandResult:
-    """Writes `unet-0`, `unet-1` ... with a checkpoint and a train.yaml each, and `sample.yaml`; all of it or nothing.
+    """Writes `unet-0`, `unet-1` ... and `prior` with a checkpoint and a train.yaml each, and `sample.yaml`; all of it
+    or nothing.
 
     Args:
-        encoder: what encoded the captions; None for stages that read none.
+        encoder: of captions as tokens, `t5_facts`; None if no stage reads them.
+        embed_encoders: `ImportedEncoders.embeds`.
         text_encoder: files of the text encoder's model and tokenizer, which become the folder `text_encoder`, as hard
             links where the file system has them; without, the encoder is found by its name.
     Raises:
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
     """
+    encoders = ImportedEncoders(encoder, embed_encoders or {})
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        result = _write_stages(temporary, target, stages, encoder)
+        result = _write_stages(temporary, target, stages, encoders, prior)
         link_files(text_encoder, temporary / _TEXT_ENCODER)
         if text_encoder:
             _add_to_sample(temporary, encoder_model=str((target / _TEXT_ENCODER).absolute()))
@@ -145,13 +210,19 @@ def write_stages(
 
 
 def _write_stages(
-    folder: Path, target: Path, stages: Sequence[ImportedStage], encoder: Mapping[str, Any] | None
+    folder: Path,
+    target: Path,
+    stages: Sequence[ImportedStage],
+    encoders: ImportedEncoders,
+    prior: ImportedModel | None,
 ) -> CommandResult:
     """Writes into `folder` what will be at `target`."""
+    named: list[tuple[str, ImportedModel]] = [] if prior is None else [("prior", prior)]
+    named += [(f"unet-{index}", stage) for index, stage in enumerate(stages)]
     session, rows = [], []
-    for index, stage in enumerate(stages):
-        run = target / f"unet-{index}"
-        path = run / _write_checkpoint(folder / run.name, stage, encoder).relative_to(folder / run.name)
+    for name, stage in named:
+        run = target / name
+        path = run / _write_checkpoint(folder / run.name, stage, encoders).relative_to(folder / run.name)
         _write_yaml(
             folder / run.name / "train.yaml",
             {
@@ -161,12 +232,18 @@ def _write_stages(
             },
         )
         session.append({"checkpoint": str(run.absolute()), "sampling": dict(stage.sampling)})
-        rows.append({"stage": index, "weights": stage.source, "checkpoint": str(path)})
-    _write_yaml(folder / _SAMPLE, {"stages": session})
+        number = name if stage is prior else int(name.removeprefix("unet-"))
+        rows.append({"stage": number, "weights": stage.source, "checkpoint": str(path)})
+    first = {} if prior is None else {"prior": session.pop(0)}
+    _write_yaml(folder / _SAMPLE, first | ({"stages": session} if session else {}))
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
-    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images 'prompts=[...]'")
-    reads = "" if encoder is None else " text=t5"
-    lines.append(f"train on: pipeline run train -c {target}/unet-0/train.yaml --out trained store=STORE{reads}")
+    more = "" if session else "'stages=[{checkpoint: DECODER}]' "
+    if prior is None and "image_embed" in encoders.embeds:
+        more = "'prior={checkpoint: PRIOR}' "
+    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}'prompts=[...]'")
+    name, stage = named[0]
+    reads = "".join(f" {field}={record['name']}" for field, record in _read(stage, encoders).items())
+    lines.append(f"train on: pipeline run train -c {target}/{name}/train.yaml --out trained store=STORE{reads}")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
 
 
@@ -191,12 +268,26 @@ def _same_files(new: Path, old: Path) -> bool:
     return all((old / file).is_file() and file_digest(new / file) == file_digest(old / file) for file in files)
 
 
-def _write_checkpoint(run: Path, stage: ImportedStage, encoder: Mapping[str, Any] | None) -> Path:
+def _read(model: ImportedModel, encoders: ImportedEncoders) -> dict[str, Mapping[str, Any]]:
+    """The encoders whose embeddings a model is trained on."""
+    config = model.config
+    reads_images = config.kind == "prior" or config.unet.image_embed_dim is not None
+    read = {
+        "text": None if config.network.text_dim is None else encoders.text,
+        "text_embed": encoders.embeds.get("text_embed") if config.kind == "prior" else None,
+        "image_embed": encoders.embeds.get("image_embed") if reads_images else None,
+    }
+    return {field: record for field, record in read.items() if record is not None}
+
+
+def _write_checkpoint(run: Path, stage: ImportedModel, encoders: ImportedEncoders) -> Path:
     """Writes into a folder laid out like a training's."""
     from imagen_core.train.checkpoints.checkpoint import write_checkpoint
 
     state = {"samples": 0, "ema_updates": 0, "loader": None, "config": {"max_tokens": stage.max_tokens}}
-    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": None if encoder is None else dict(encoder)}
+    read = _read(stage, encoders)
+    state |= {"denoiser": stage.config.model_dump(mode="json"), "encoder": read.pop("text", None)}
+    state |= {"embed_encoders": read} if read else {}
     state |= {"imported_from": stage.source}
     tensors = {f"net.{name}": values for name, values in stage.network().items()}
     return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, state)

@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
+from imagen_core.text_batch import each_encoder
+from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 
@@ -13,18 +15,21 @@ _ONE_FILE = ".safetensors"
 _SETTINGS = "settings"
 
 
-def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
+def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | None = None) -> LoadedDenoiser:
     """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), or a file of `export_model`;
     a path or a URL.
 
+    Args:
+        lora: how an adapter is added to its base, which is read too; None: merged.
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
+        TrainError: it is an adapter, and peft is not installed.
     """
     storage = open_storage(place)
     if isinstance(storage, LocalStorage):
-        return load_checkpoint(Path(place.removeprefix("file://")), weights=weights)
+        return load_checkpoint(Path(place.removeprefix("file://")), weights, lora, load_checkpoint_from)
     if place.endswith(_ONE_FILE):
-        return _of_file(place, weights)
+        return _of_file(place, weights, lora)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
     if folder is None:
@@ -36,14 +41,16 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
         for name in names:
             if name.startswith(folder) and "optimizer" not in name:
                 storage.copy(name).replace(local / Path(name).name)
-        return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights)
+        return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights, lora)
     finally:
         shutil.rmtree(local)
 
 
 def origin(loaded: LoadedDenoiser) -> dict[str, object]:
     """All of a trained stage that decides what it generates or measures, for the record of a folder of results."""
-    encoders = {"captions": loaded.encoder, **loaded.embed_encoders}
+    tokens = each_encoder(loaded.encoder)
+    several = isinstance(loaded.encoder, list)
+    encoders = {f"captions.{one['name']}" if several else "captions": one for one in tokens} | loaded.embed_encoders
     return {
         "step": loaded.step,
         "weights": loaded.weights,
@@ -51,7 +58,7 @@ def origin(loaded: LoadedDenoiser) -> dict[str, object]:
         _SETTINGS: {
             "denoiser": loaded.denoiser.config.model_dump(mode="json", exclude_defaults=True),
             "max_tokens": loaded.max_tokens,
-            "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items() if encoder is not None},
+            "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items()},
         },
     }
 
@@ -63,22 +70,22 @@ def comparable_origin(now: object, recorded: object) -> object:
     return now
 
 
-def _loaded(local: Path, place: str, weights: str | None) -> LoadedDenoiser:
+def _loaded(local: Path, place: str, weights: str | None, lora: LoraUseConfig | None) -> LoadedDenoiser:
     """A checkpoint from its local copy; errors name its place."""
     try:
-        return load_checkpoint(local, weights=weights)
+        return replace(load_checkpoint(local, weights, lora, load_checkpoint_from), place=place)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(local), place)) from error
 
 
-def _of_file(place: str, weights: str | None) -> LoadedDenoiser:
+def _of_file(place: str, weights: str | None, lora: LoraUseConfig | None) -> LoadedDenoiser:
     folder, name = place.rsplit("/", 1)
     storage = open_storage(folder)
     if storage.size(name) is None:
         raise CheckpointError(f"{place}: there is no such file")
     local = storage.copy(name)
     try:
-        return _loaded(local, place, weights)
+        return _loaded(local, place, weights, lora)
     finally:
         storage.release(local)
 

@@ -1,5 +1,6 @@
 """Loads the weights of a model through transformers, and refuses a model with missing weights."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MachineError
@@ -39,6 +40,9 @@ def threads_of_process() -> int:
 def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any, **settings: object) -> Any:
     """`model_class.from_pretrained`, ready for inference; `settings` take the place of those in config.json.
 
+    With accelerate installed the weights are read straight to a device that is not the CPU (`device_map`); without it
+    they are all in main memory first.
+
     Raises:
         MachineError: weights are missing; transformers would continue with random numbers in their place.
     """
@@ -49,6 +53,7 @@ def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any, *
         output_loading_info=True,
         weights_only=True,  # only the tensors of a pickled checkpoint
         trust_remote_code=False,
+        **_straight_to(device),
         **settings,
     )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(_UNUSED))
@@ -58,3 +63,10 @@ def load_weights(model_class: Any, files: ModelFiles, dtype: Any, device: Any, *
             f"({', '.join(missing[:3])} ...); give a folder with the complete encoder"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def _straight_to(device: "torch.device") -> dict[str, object]:
+    """The option of transformers that loads weights to a device; it needs accelerate."""
+    if device.type == "cpu" or find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": device}}

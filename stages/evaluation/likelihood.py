@@ -21,6 +21,7 @@ from imagen_core.samplers import SeededNoise
 from imagen_core.sealed import DamagedFileError, read_sealed, sealed
 from imagen_core.store import Store, StoreError
 from imagen_core.store.records import EmbeddingGroup
+from imagen_core.text_batch import each_encoder
 from imagen_core.train import LoadedDenoiser, TrainError
 from imagen_core.train.data.example import all_conditions
 from pipeline.config import Config
@@ -135,11 +136,13 @@ def _measure_batch(
     """Bits of each image, and sums per step, from the lowest noise level up; of each aspect-ratio bucket by itself."""
     settings = loaded.stage
     sizes = [size for size in (settings.size_px, settings.low_res_px) if size is not None]
+    encoders = {encoder["name"]: encoder.get("layers") for encoder in each_encoder(loaded.encoder)}
+    several = isinstance(loaded.encoder, list)
     loader = store.loader(
         batch_size=len(samples),
         images=sizes,
-        text=None if loaded.encoder is None else loaded.encoder["name"],
-        text_layers=None if loaded.encoder is None else loaded.encoder.get("layers"),
+        text=[*encoders] if several else next(iter(encoders), None),
+        text_layers={name: layers for name, layers in encoders.items() if layers is not None} or None,
         text_embed=loaded.embed_encoders.get("text_embed", {}).get("name"),
         image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
         transcriptions=settings.unet.transcription is not None,
@@ -240,7 +243,8 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
     for size in (settings.size_px, settings.low_res_px):
         if size is not None and size not in store.image_sizes:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
-    _check_encoder(config, "captions", loaded.encoder, store, store.manifest.texts)
+    for encoder in each_encoder(loaded.encoder):
+        _check_encoder(config, "captions", encoder, store, store.manifest.texts)
     _check_encoder(config, "captions", loaded.embed_encoders.get("text_embed"), store, store.manifest.texts)
     _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store, store.manifest.image_embeds)
     if config.first_image + config.num_images > len(store):

@@ -109,6 +109,7 @@ def _open(plugin: "_Plugin", data: bytes, max_pixels: int) -> Image.Image:
         each = "" if weight == 1 else f", each of which counts as {weight:g} ({image.format}),"
         detail = f"{image.width} x {image.height}{each} is over {max_pixels} pixels"
         raise ImageRejected(RejectReason.TOO_MANY_PIXELS, detail)
+    image.decodermaxblock = max(image.decodermaxblock, len(data))  # the decoder gets all at once
     image.load()
     return image
 
@@ -220,15 +221,26 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     profile = image.info.get("icc_profile")
     profile = profile if isinstance(profile, bytes) else b""
     deep = deep_gray.to_gray(image) if deep_gray.is_deep(image) else None
+    parts = list(tiles(image.height, image.width))
+    if len(parts) == 1:
+        return np.asarray(_part_to_rgb(image, deep, profile))
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for tile in tiles(image.height, image.width):
-        if deep is None:
-            colour, alpha = _split_alpha(image.crop(box(tile)))
-        else:
-            colour, alpha = (None if channel is None else channel.crop(box(tile)) for channel in deep)
-        assert colour is not None
-        pixels[tile] = np.asarray(_on_white(_apply_profile(colour, profile), alpha))
+    for tile in parts:
+        gray = deep and (deep[0].crop(box(tile)), deep[1] and deep[1].crop(box(tile)))
+        pixels[tile] = np.asarray(_part_to_rgb(image.crop(box(tile)), gray, profile))
     return pixels
+
+
+def _part_to_rgb(
+    part: Image.Image, deep: tuple[Image.Image, Image.Image | None] | None, profile: bytes
+) -> Image.Image:
+    """A part of an image, or all of it.
+
+    Args:
+        deep: of gray values with more than 8 bits, the same part with 8, and its alpha.
+    """
+    colour, alpha = deep or _split_alpha(part)
+    return _on_white(_apply_profile(colour, profile), alpha)
 
 
 def _on_white(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image:

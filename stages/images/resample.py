@@ -84,7 +84,7 @@ def _resize_torch(pixels: np.ndarray, shape: Shape, filter: Filter) -> np.ndarra
     from torch.nn.functional import interpolate
 
     source = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))  # (h, w, 3)
-    batch = source.permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory: the fast layout
+    batch = source[None].permute(0, 3, 1, 2)  # (1, 3, h, w), channels last in memory, and so is the result
     resized = interpolate(batch, size=shape, mode=filter, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from imagen_core.store import blank_key, captions_group, number_captions, read_samples, write_captions
-from pipeline.stage import Group, GroupResult, Resources, Stage, Task
+from pipeline.stage import Group, GroupResult, Resources, Shard, Stage, Task
 from stages.captions import clean_captions
 from stages.precompute.fetch import SAMPLES
 from stages.sources.annotations import CaptionColumn
-from stages.sources.base import Source
+from stages.sources.base import Original, Source
 
 _READ_CPUS = 0.5  # mostly waits for the disk
 _BYTES_PER_ROW = 200
@@ -58,6 +58,21 @@ class CaptionColumnStage(Stage):
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         return num_rows * _BYTES_PER_ROW
+
+
+def may_be_samples(source: Source, shard: Shard, column: str) -> list[bool]:
+    """For each row of a shard, whether nothing in it says that it will be dropped, as captions that are empty do.
+
+    Args:
+        column: of the first set of captions.
+    """
+    rows = source.rows_of(shard)
+    if "captions" in source.layout:
+        captions = [Original.of(row).cleaned().captions for row in rows]
+    else:
+        captions = [clean_captions(cell or ())[0] for cell in source.caption_cells(shard, column)]
+    pairs = zip(rows, captions, strict=True)
+    return [bool(found) and not row.is_duplicate and row.drop is None for row, found in pairs]
 
 
 def caption_sets_line(counters: Mapping[str, float]) -> str:

@@ -114,10 +114,19 @@ class PrecomputedEmbeddingsStage(Stage):
         """The embedding of each sample, float32 (tokens, dim), and reason and detail where there is none."""
         found: list[np.ndarray] = []
         bad: dict[int, tuple[str, str]] = {}
+        misfits: list[ConfigError] = []
         for row, (sample, one) in enumerate(zip(samples, arrays, strict=True)):
             note_progress()
             array = np.zeros((0, self.encoder.dim)) if one.array is None else one.array
-            tokens = without_padding(as_tokens(array, self.encoder.dim, one.where))
+            try:
+                tokens = without_padding(as_tokens(array, self.encoder.dim, one.where))
+            except ConfigError as error:
+                if not one.has_own_file:
+                    raise
+                misfits.append(error)
+                bad[row] = ("other_width", f"shape {array.shape}, and dim is {self.encoder.dim}")
+                found.append(np.zeros((0, self.encoder.dim), np.float32))
+                continue
             if one.array is None:
                 bad[row] = (one.reason, one.detail)
             elif not len(tokens):
@@ -127,6 +136,8 @@ class PrecomputedEmbeddingsStage(Stage):
             elif self.of == "images" and len(tokens) != 1:
                 raise ConfigError(f"{one.where}: shape {array.shape}, but an image has one vector; check the array")
             found.append(tokens)
+        if len(misfits) == len(samples) > 1:  # the width that is configured is wrong, not that of some files
+            raise misfits[0]
         return found, bad
 
     def _by_caption(

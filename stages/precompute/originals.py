@@ -38,7 +38,7 @@ class OriginalsWriter:
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
-        self._tar = load_tar_writer()(self._file, mtime=0.0, encoder=False)
+        self._tar = load_tar_writer()(self._file, mtime=0, encoder=False)
 
     def write(self, original: Original) -> None:
         metadata = {

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagen_core.cascade import Cascade, CascadeStage
+from imagen_core.text_batch import each_encoder
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import record_changes
 from stages.sampling.config import SampleStageConfig
+
+_IMPORTED = 0
+"""The step of a checkpoint of another system."""
+_NUMBERS = ("dtype:", "fingerprint.compute_dtype:")
+"""In which types embeddings were computed and stored: an import knows none, and says float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +44,44 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
     """
     built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
-    encoder: Mapping[str, Any] | None = None
+    encoders: dict[str, Mapping[str, Any]] = {}
+    several = False
     vectors: Mapping[str, Any] | None = None
     for number, stage in enumerate(stages):
         if last_px is not None and built and built[-1].size_px == last_px:
             break
         try:
-            loaded = load_checkpoint_from(stage.checkpoint, stage.weights)
+            loaded = load_checkpoint_from(stage.checkpoint, stage.weights, stage.lora)
             loaded.stage  # noqa: B018 - refuses a prior
         except TrainError as error:
             raise ConfigError(f"stages.{number}.checkpoint: {error}") from error
         mine = loaded.embed_encoders.get("text_embed")
-        for before, now in ((encoder, loaded.encoder), (vectors, mine)):
+        tokens = each_encoder(loaded.encoder)
+        several |= isinstance(loaded.encoder, list)
+        # Of stages with one encoder each it must be the same; several are told apart by their names.
+        pairs = [
+            (encoders.get(one["name"]) if several else next(iter(encoders.values()), None), one) for one in tokens
+        ]
+        for before, now in (*pairs, (vectors, mine)):
             changes = [] if before is None or now is None else record_changes(before, now)
+            if any(one.step == _IMPORTED for one in (*checkpoints, loaded)):
+                changes = [change for change in changes if not change.startswith(_NUMBERS)]
             if changes:
                 raise ConfigError(
                     f"stages.{number}.checkpoint: was trained with another encoder than the stage before it: "
                     f"{'; '.join(changes)}; take stages trained on one encoder"
                 )
-        encoder, vectors = encoder or loaded.encoder, vectors or mine
-        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes))
+        vectors = vectors or mine
+        for one in tokens:
+            encoders.setdefault(one["name"], one)
+        names = tuple(one["name"] for one in tokens)
+        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes, names))
         checkpoints.append(loaded)
     if last_px not in (None, built[-1].size_px):
         sizes = [stage.size_px for stage in built]
         raise ConfigError(f"output.size_px: no stage generates {last_px} px; the stages generate {sizes}")
     try:
-        return LoadedCascade(Cascade(built, None if encoder is None else dict(encoder)), checkpoints)
+        every = list(encoders.values())
+        return LoadedCascade(Cascade(built, every if several else next(iter(every), None)), checkpoints)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from imagen_core.cascade import SamplingConfig
+from imagen_core.config import default_field
 from imagen_core.prior import PriorSamplingConfig
+from imagen_core.train import LoraUseConfig
 from pipeline.config import Config
 from stages.sampling.caption_sets import AnyCaptions
 
@@ -22,6 +24,8 @@ class SampleStageConfig(Config):
     """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
     weights: str | None = None
     """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
+    lora: LoraUseConfig | None = default_field(None)
+    """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
     sampling: SamplingConfig = SamplingConfig()
     """How the stage samples."""
 
@@ -36,6 +40,8 @@ class SamplePriorConfig(Config):
     encoder_model: str | None = None
     """Where the text encoder is whose vectors the prior reads (hub id or folder), if it is not found under the name it
     was trained with. If the tokens it reads are from another model, that one is found as the stages' encoder is."""
+    lora: LoraUseConfig | None = default_field(None)
+    """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
     sampling: PriorSamplingConfig = PriorSamplingConfig()
     """How the prior samples."""
 
@@ -100,6 +106,9 @@ class RequestConfig(Config):
     captions: AnyCaptions | None = None
     """Captions of a store or a file, all or a seeded selection, instead of `prompts`. A store's transcriptions and
     labels come with them."""
+    negative_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
+    """What guidance leads away from, in all images, in place of a dropped caption. null: a dropped caption as in
+    training, which is the empty prompt for models with dropped_caption=empty_caption."""
     transcriptions: tuple[str, ...] = ()
     """The text to be written in each image, one per prompt, for a cascade that reads them; default: none."""
     labels: tuple[int, ...] = ()
@@ -171,8 +180,9 @@ class SampleConfig(RequestConfig):
     """The cascade, smallest images first."""
     prior: SamplePriorConfig | None = None
     """For stages that read image embeddings."""
-    encoder_model: str | None = None
-    """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with."""
+    encoder_model: str | dict[str, str] | None = None
+    """Where the text encoder is (hub id or folder), if it is not found under the name it was trained with. For models
+    that read several, by name, such as `{t5: models/t5, clip: models/clip}`."""
     text_embed_model: str | None = None
     """Likewise the encoder of captions as one vector, for models with text_embed_dim."""
     output: OutputConfig = OutputConfig()

@@ -10,14 +10,14 @@ from imagen_core.diffusion import PriorConfig
 from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.prior import generate_embeddings
 from imagen_core.store import Store
-from imagen_core.text_batch import pad_text, token_shape
+from imagen_core.text_batch import pad_text, pad_texts, token_shape
 from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import identity_changes
 from stages.sampling.config import SamplePriorConfig
 from stages.sampling.requests import ImageRequest
-from stages.sampling.text_embeddings import PromptEmbeddings
+from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens
 
 
 class PriorSampler:
@@ -28,7 +28,7 @@ class PriorSampler:
         settings: SamplePriorConfig,
         *,
         store: Store | None,
-        encoder_model: str | None,
+        encoder_model: EncoderModel,
         device: torch.device,
         autocast: torch.dtype | None,
     ):
@@ -38,7 +38,7 @@ class PriorSampler:
             ConfigError: the checkpoint is missing, damaged, or no prior.
         """
         try:
-            self._loaded = load_checkpoint_from(settings.checkpoint, settings.weights)
+            self._loaded = load_checkpoint_from(settings.checkpoint, settings.weights, settings.lora)
         except TrainError as error:
             raise ConfigError(f"prior.checkpoint: {error}") from error
         if not isinstance(self._loaded.denoiser.config, PriorConfig):
@@ -50,9 +50,14 @@ class PriorSampler:
         vector, tokens = self._loaded.embed_encoders["text_embed"], self._loaded.encoder
         model, option = settings.encoder_model, "prior.encoder_model"
         self._vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
-        if not same_model(tokens, vector):
+        if isinstance(tokens, list) or not same_model(tokens, vector):
             model, option = encoder_model, "encoder_model"
-        self._tokens = PromptEmbeddings(tokens, store, model=model, use_gpu=use_gpu, option=option)
+        self._tokens = PromptTokens(tokens, store, model=model, use_gpu=use_gpu, option=option)
+
+    @property
+    def token_encoders(self) -> list[str]:
+        """Names of the text encoders whose tokens it reads."""
+        return self._tokens.names
 
     @property
     def origin(self) -> dict[str, object]:
@@ -84,16 +89,11 @@ class PriorSampler:
         """(b, dim) unit vectors, float32 on the CPU; each depends on its prompt and seed alone."""
         vectors, tokens = self._vectors.of(requests), self._tokens.of(requests)
         assert vectors is not None
-        network = self._loaded.denoiser.config.network
         embeds, _ = pad_text(vectors, len(requests), token_shape(self._loaded.embed_encoders["text_embed"]))
-        text, mask = pad_text(tokens, len(requests), network.text_shape)
+        text, mask = pad_texts(tokens, len(requests), self._loaded.encoder)
         assert embeds is not None
-        kept = slice(self._loaded.max_tokens)
-        conditioning = Conditioning(
-            text=None if text is None else text[:, kept],
-            text_mask=None if mask is None else mask[:, kept],
-            text_embed=unit_variance(embeds[:, 0]),
-        ).to(self._device)
+        conditioning = Conditioning(text=text, text_mask=mask, text_embed=unit_variance(embeds[:, 0]))
+        conditioning = conditioning.map_text(lambda tensor: tensor[:, : self._loaded.max_tokens]).to(self._device)
         denoiser = self._loaded.denoiser.to(self._device)
         seeds = [request.seed for request in requests]
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
@@ -112,7 +112,7 @@ def load_prior(
     stages: Sequence[LoadedDenoiser],
     *,
     store: Store | None,
-    encoder_model: str | None,
+    encoder_model: EncoderModel,
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> PriorSampler | None:

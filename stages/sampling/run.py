@@ -46,6 +46,7 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
         text_embed_model=config.text_embed_model,
         precision=config.precision,
         device=config.device,
+        negative_prompt=config.negative_prompt,
     )
     check_requests(requests, session.cascade)
     requests = with_shapes(requests, config, session.cascade)

@@ -1,6 +1,6 @@
 """The models of a sampling, loaded once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,16 @@ from imagen_core.cascade import Cascade, OnStep
 from imagen_core.diffusion.shapes import low_res_shape
 from imagen_core.samplers import Inpaint
 from imagen_core.store import Store
+from imagen_core.text_batch import each_encoder
 from imagen_core.train.parallel.precision import autocast_dtype
+from pipeline.errors import ConfigError
 from stages.device import choose_device
-from stages.sampling.cascade import load_cascade
+from stages.sampling.cascade import LoadedCascade, load_cascade
 from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConfig
 from stages.sampling.inputs import read_centres
 from stages.sampling.prior import PriorSampler, load_prior, same_model
 from stages.sampling.requests import ImageRequest
-from stages.sampling.text_embeddings import PromptEmbeddings
+from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens, check_names, model_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,15 @@ class SamplingSession:
     cascade: Cascade
     origins: list[dict[str, Any]]
     """The checkpoint of each stage, and of the prior."""
-    embeddings: PromptEmbeddings
+    embeddings: PromptTokens
     vectors: PromptEmbeddings
     """Of the prompts as one vector each."""
     prior: PriorSampler | None
     device: torch.device
     autocast: torch.dtype | None
     """Type of the networks' matrix products; None means float32."""
+    negative_prompt: str | None = None
+    """What takes the place of a dropped caption; None where the networks know what it is."""
 
     def with_stages(self, stages: Sequence[SampleStageConfig]) -> "SamplingSession":
         """The same models with other settings of how the stages sample."""
@@ -50,7 +54,7 @@ class SamplingSession:
             ConfigError: an encoder is not the one that a model was trained with.
             MachineError: it cannot be found.
         """
-        self.embeddings.encode(requests)
+        self.embeddings.encode(requests, self.negative_prompt)
         self.vectors.encode(requests)
         if self.prior is not None:
             self.prior.encode(requests)
@@ -62,7 +66,7 @@ class SamplingSession:
     def generate(
         self,
         requests: Sequence[ImageRequest],
-        text: Sequence[np.ndarray] | None,
+        text: Sequence[np.ndarray] | Mapping[str, Sequence[np.ndarray]] | None,
         image_embed: Tensor | None,
         *,
         strength: float,
@@ -82,6 +86,7 @@ class SamplingSession:
         return cascade.sample(
             text,
             [request.seed for request in requests],
+            null_text=self.embeddings.of_negative(self.negative_prompt),
             text_embed=None if vectors is None else torch.from_numpy(np.stack([each[0] for each in vectors])).float(),
             image_embed=image_embed,
             transcriptions=None if cascade.max_characters is None else [each.transcription for each in requests],
@@ -103,10 +108,11 @@ def load_session(
     *,
     last_px: int | None,
     store: Store | None,
-    encoder_model: str | None,
+    encoder_model: EncoderModel,
     text_embed_model: str | None,
     precision: Precision,
     device: str,
+    negative_prompt: str | None = None,
 ) -> SamplingSession:
     """Loads the cascade and the prior; encoders are loaded when prompts are encoded.
 
@@ -115,20 +121,39 @@ def load_session(
         store: the store whose captions are the prompts; its embeddings are used where they fit.
         encoder_model: where the text encoder is, if not where it was in training.
         text_embed_model: likewise the encoder of captions as one vector; it may be the text encoder.
+        negative_prompt: takes the place of a dropped caption; None is the empty one for stages that need it.
     Raises:
         ConfigError: checkpoints that are missing, damaged, or do not fit together.
     """
     loaded = load_cascade(stages, last_px)
     on = choose_device(device)
     autocast = autocast_dtype(precision)
-    use_gpu, encoder, vector = on.type == "cuda", loaded.cascade.encoder, loaded.text_embed_encoder
-    embeddings = PromptEmbeddings(encoder, store, model=encoder_model, use_gpu=use_gpu)
+    use_gpu, vector = on.type == "cuda", loaded.text_embed_encoder
+    embeddings = PromptTokens(loaded.cascade.encoder, store, model=encoder_model, use_gpu=use_gpu)
     model, option = text_embed_model, "text_embed_model"
-    if model is None and vector is not None and same_model(encoder, vector):
-        model, option = encoder_model, "encoder_model"
+    if model is None and vector is not None:
+        same = next((one for one in each_encoder(loaded.cascade.encoder) if same_model(one, vector)), None)
+        if same is not None:
+            model, option = model_of(encoder_model, same["name"]), "encoder_model"
     vectors = PromptEmbeddings(vector, store, model=model, use_gpu=use_gpu, option=option)
     sampler = load_prior(
         prior, loaded.checkpoints, store=store, encoder_model=encoder_model, device=on, autocast=autocast
     )
+    of_prior = [] if sampler is None else sampler.token_encoders
+    check_names(encoder_model, [*dict.fromkeys([*embeddings.names, *of_prior])], "encoder_model")
     origins = [*loaded.origins, *([] if sampler is None else [sampler.origin])]
-    return SamplingSession(loaded.cascade, origins, embeddings, vectors, sampler, on, autocast)
+    negative = _negative_prompt(loaded, negative_prompt)
+    return SamplingSession(loaded.cascade, origins, embeddings, vectors, sampler, on, autocast, negative)
+
+
+def _negative_prompt(loaded: LoadedCascade, given: str | None) -> str | None:
+    """Refuses a negative prompt that the stages do not read."""
+    if given is None:
+        needs = any(stage.config.unet.needs_empty_caption for stage in loaded.cascade.stages)
+        return "" if needs else None
+    several = len(each_encoder(loaded.cascade.encoder))
+    if several != 1 or loaded.text_embed_encoder is not None:
+        reads = "captions as one vector too" if several == 1 else f"captions by {several} encoders"
+        reads = reads if several else "no captions as tokens"
+        raise ConfigError(f"negative_prompt: is {given!r}, but the stages read {reads}; leave it out")
+    return given

@@ -144,6 +144,8 @@ class PrecomputedEmbedding:
     reason: str = ""
     """Enumerated reason of a drop, such as `missing_embedding`."""
     detail: str = ""
+    has_own_file: bool = False
+    """True if no other row has its array in the same file: then another width is the fault of this row alone."""
 
 
 Emit = Callable[[Original], None]
@@ -289,7 +291,8 @@ class Source(ABC):
             ConfigError: the source has none of this name.
         """
         raise ConfigError(
-            f"encoders: array {name!r} is requested, but only webdataset and parquet bring arrays; give source.kind"
+            f"encoders: array {name!r} is requested, but only webdataset, parquet, folder and mds bring arrays; give "
+            "source.kind"
         )
 
     def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:

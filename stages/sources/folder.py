@@ -8,17 +8,32 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pipeline.errors import ConfigError
 from pipeline.stage import Shard
 from stages.lines import split_lines
 from stages.sources.annotations import AnnotationsConfig
-from stages.sources.base import MAX_FILE_BYTES, Emit, InputPart, KeyRegistry, Original, Source, SourceRow, require_path
+from stages.sources.arrays.folders import no_array
+from stages.sources.base import (
+    MAX_FILE_BYTES,
+    Emit,
+    InputPart,
+    KeyRegistry,
+    Original,
+    PrecomputedEmbedding,
+    Source,
+    SourceRow,
+    require_path,
+)
+from stages.sources.caches.reader import CacheReader
+from stages.sources.caches.registry import AnyCache
 from stages.sources.files import READABLE
 from stages.sources.ignored import ignored_by_name, suffix_rule
 from stages.sources.records.cells import BadCell, captions_of, text_of
 from stages.sources.tables import columns, count_rows, estimate_rows, kept_types, read_parts
 from stages.sources.tabular.kept_rows import marked, row_filter
-from stages.sources.tree import Content, Sizes, Tree
+from stages.sources.tree import Content, Sizes, Tree, places
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -63,6 +78,8 @@ class FolderConfig(AnnotationsConfig):
     every caption is empty, also without a table."""
     use_tables: bool = True
     """false: the captions are in files next to the images, though there are tables."""
+    arrays: dict[str, AnyCache] = Field(default_factory=dict)
+    """Embeddings of the captions in text caches of other trainers, by a name that encoders of kind `given` request."""
 
     def build(self) -> "FolderSource":
         return FolderSource(self)
@@ -82,6 +99,7 @@ class FolderSource(Source):
         self.path = require_path(config.path, "folder")
         self.row_filter = row_filter(config.where)
         self.layout = ("key", "captions", "payload", *config.annotation_layout, "is_duplicate")
+        self.caches = {name: CacheReader(name, cache, self.path) for name, cache in config.arrays.items()}
 
     @cached_property
     def tree(self) -> Tree:
@@ -149,6 +167,14 @@ class FolderSource(Source):
             raise ConfigError(f"source.path: {where} holds no images; give a folder with at least one")
         files = [f"{self.tree.url}/{name}" for name in self.tables]
         self.config = self.config.with_types(lambda keep: kept_types(keep, files))
+        for cache in self.caches.values():
+            cache.check(self._images())
+
+    def _images(self) -> Iterator[str]:
+        """The paths of the images that exist; without tables, captions are not read for that."""
+        if self.tables:
+            return (row.key for _, row in self.rows(self.parts()) if row.drop is None and row.payload[0] >= 0)
+        return (part.path for part in self.parts())
 
     def parts(self) -> Iterator[InputPart]:
         if self.tables:
@@ -192,7 +218,7 @@ class FolderSource(Source):
         try:
             name = text_of(record, file_column) or ""
             name = f"{folder}/{name}" if folder and name else name
-            found = ((place, size) for place in _places(name) if (size := size_of(place)) is not None)
+            found = ((place, size) for place in places(name) if (size := size_of(place)) is not None)
             place, size = next(found, ("", -1))
             payload = (size,)
             captions = None if caption_column is None else captions_of(record, caption_column)
@@ -233,11 +259,11 @@ class FolderSource(Source):
                 detail = f"{row.payload[0]:,} bytes, over {MAX_FILE_BYTES:,}"
                 emit(replace(Original.of(row), reason="too_large", detail=detail))
         rows = [row for row in rows if row.payload[0] <= MAX_FILE_BYTES]
-        for row, content in zip(rows, self.tree.read(_places(row.key) for row in rows), strict=True):
+        for row, content in zip(rows, self.tree.read(places(row.key) for row in rows), strict=True):
             emit(self._original(row, content))
 
     def _original(self, row: SourceRow, content: Content) -> Original:
-        if not _places(row.key):
+        if not places(row.key):
             return Original.dropped(row, "unsafe_path", "must stay inside the folder")
         if isinstance(content, FileNotFoundError):
             return Original.dropped(row, "missing_file", f"not found below {PurePosixPath(self.tree.url).name}/")
@@ -245,6 +271,15 @@ class FolderSource(Source):
         if isinstance(content, OSError):
             return replace(original, reason="unreadable_file", detail=content.strerror or "")
         return replace(original, data=content)
+
+    def describe_array(self, name: str) -> dict[str, object]:
+        if name not in self.caches:
+            raise no_array(name, self.caches)
+        return self.caches[name].config.describe()
+
+    def precomputed(self, shard: Shard, name: str, positions: Sequence[int]) -> Iterator[PrecomputedEmbedding]:
+        rows = self.rows_of(shard)
+        return self.caches[name].read(rows[position] for position in positions)
 
     def fingerprint(self) -> dict[str, object]:
         suffixes = sorted({name.rpartition("/")[2].removeprefix("captions") for name in self.tables})
@@ -270,13 +305,6 @@ def _ignored_by_suffix(name: str, siblings: Set[str], ignored: Mapping[str, int]
 
 def _caption_files(image: str) -> list[str]:
     return [PurePosixPath(image).with_suffix(suffix).as_posix() for suffix in _CAPTION_SUFFIXES]
-
-
-def _places(name: str) -> tuple[str, ...]:
-    """Where an image of this name may be; empty if that would be outside the folder."""
-    path = PurePosixPath(name)
-    inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
-    return (name, f"images/{name}") if inside else ()
 
 
 def _lines(text: Content) -> list[str]:

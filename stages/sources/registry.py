@@ -12,6 +12,7 @@ from pipeline.storage.run_folder import CONFIG, RunFolder
 from stages.sources.base import Source
 from stages.sources.folder import FolderConfig
 from stages.sources.huggingface import HuggingfaceConfig
+from stages.sources.mds.source import MdsConfig
 from stages.sources.parquet import ParquetConfig
 from stages.sources.synthetic.source import SyntheticConfig
 from stages.sources.tars import WebdatasetConfig
@@ -25,7 +26,8 @@ AnySource = Annotated[
     | WebdatasetConfig
     | ParquetConfig
     | TsvConfig
-    | HuggingfaceConfig,
+    | HuggingfaceConfig
+    | MdsConfig,
     Kinds("pipeline.sources", Config),
 ]
 """A source; other packages add kinds by entry points in `pipeline.sources`."""

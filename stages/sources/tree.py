@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -172,3 +173,10 @@ class Tree:
 def encoded(name: str) -> bytes:
     """A file's name for a database: names need not be UTF-8."""
     return name.encode("utf-8", "surrogatepass")
+
+
+def places(name: str) -> tuple[str, ...]:
+    """Where a file that a table of a folder names may be; empty if that would be outside the folder."""
+    path = PurePosixPath(name)
+    inside = bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    return (name, f"images/{name}") if inside else ()

@@ -14,9 +14,12 @@ import xxhash
 
 from imagen_core.store import TOLERANCE, Problem, Store, TextGroup, restore, token_errors
 from pipeline.errors import ConfigError
+from stages.encoders.encoder import load_encoder
 from stages.encoders.given import KIND as GIVEN
+from stages.encoders.loading import threads_of_process
 from stages.encoders.probe import STORE_TOLERANCE, probe_problem, take_probe
 from stages.encoders.prompts import load_matching_encoder
+from stages.encoders.registry import AnyEncoder
 
 _CAPTIONS_AT_ONCE = 128
 
@@ -71,7 +74,14 @@ class Comparison:
             self.problems.append(Problem(file, message))
 
 
-def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, str]) -> dict[str, Comparison]:
+def reencode(
+    store: Store,
+    fraction: float,
+    *,
+    seed: int,
+    models: Mapping[str, str],
+    encoders: Mapping[str, AnyEncoder] | None = None,
+) -> dict[str, Comparison]:
     """Encodes a fraction of the distinct captions again, with each encoder of the store that has a model.
 
     A caption is chosen by a hash of its text and the seed: always the same ones, for any shards. One shard's
@@ -80,14 +90,22 @@ def reencode(store: Store, fraction: float, *, seed: int, models: Mapping[str, s
     Args:
         fraction: in (0, 1]; at least one caption is taken, and the encoding of "".
         models: where the models are now (hub id or folder), by encoder name; others are where their names say.
+        encoders: of embeddings that came with the data, what is said to have made them; without it they are left out.
     Raises:
         ConfigError: a name that is no encoder, or a model that differs from the one the store was made with.
         MachineError: a model cannot be found.
     """
     if unknown := sorted(set(models) - set(store.encoders)):
         raise ConfigError(f"--encoder-model {unknown[0]}=...: the store has no such encoder; it has {store.encoders}")
-    encoded = [name for name in store.encoders if store.text_group(name).fingerprint.get("kind") != GIVEN]
-    return {name: _compare(store, name, models.get(name), fraction, seed) for name in encoded}
+    encoders = encoders or {}
+    given = [name for name in store.encoders if store.text_group(name).fingerprint.get("kind") == GIVEN]
+    if not_given := sorted(set(encoders) - set(given)):
+        raise ConfigError(
+            f"--encoder {not_given[0]}=...: is for embeddings that came with the data, which are {given}; where "
+            "another encoder's model is now, --encoder-model says"
+        )
+    encoded = [name for name in store.encoders if name not in given or name in encoders]
+    return {name: _compare(store, name, models.get(name), encoders.get(name), fraction, seed) for name in encoded}
 
 
 def _chosen(store: Store, caption_set: str | None, fraction: float, seed: int) -> Iterator[tuple[int, int, str]]:
@@ -119,10 +137,15 @@ def _captions(store: Store, position: int, caption_set: str | None) -> dict[int,
     return {i: c for row, (ids, captions) in rows if row not in excluded for i, c in zip(ids, captions, strict=True)}
 
 
-def _compare(store: Store, name: str, model: str | None, fraction: float, seed: int) -> Comparison:
+def _compare(
+    store: Store, name: str, model: str | None, stated: AnyEncoder | None, fraction: float, seed: int
+) -> Comparison:
     group = store.text_group(name)
-    described = {"name": name, "dim": group.dim, "dtype": group.dtype, "fingerprint": group.fingerprint}
-    encoder = load_matching_encoder(described, model, use_gpu=True, option=f"--encoder-model {name}=...")
+    if stated is None:
+        described = {"name": name, "dim": group.dim, "dtype": group.dtype, "fingerprint": group.fingerprint}
+        encoder = load_matching_encoder(described, model, use_gpu=True, option=f"--encoder-model {name}=...")
+    else:
+        encoder = load_encoder(stated, threads_of_process())
     result = Comparison(_tolerance(group, store.manifest.header["groups"][group.name]))
     recorded = store.probe(name)
     if recorded is not None and group.probe is not None:

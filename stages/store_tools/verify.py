@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 
 _MAX_NOTES = 10
+_MODEL = ("--encoder-model", "MODEL", "t5=/models/t5-v1_1-xxl")
+_ENCODER = ("--encoder", "CONFIG", "t5='{kind: t5, model: google/t5-v1_1-xxl, max_tokens: 512}'")
+_HINT = "of embeddings that came with the data, --encoder NAME=CONFIG says what made them"
 _AT_WORK = (
     "note: a run is at work on it ({}): what it makes is not in the manifest yet, and what it makes again is missing; "
     "verify again when it has ended"
@@ -25,16 +28,26 @@ _AT_WORK = (
 
 
 def verify_command(
-    path: str, *, reencode: float | None = None, seed: int = 0, encoder_models: Sequence[str] = ()
+    path: str,
+    *,
+    reencode: float | None = None,
+    seed: int = 0,
+    encoder_models: Sequence[str] = (),
+    encoders: Sequence[str] = (),
 ) -> CommandResult:
     """Recomputes every checksum, checks the alignment of all groups row by row, and accounts for every input row.
 
     Args:
         reencode: fraction of the captions to encode again; None disables it. Skipped if files are bad already.
         encoder_models: `NAME=MODEL`, where an encoder's model is now.
+        encoders: `NAME=CONFIG`, what is said to have made embeddings that came with the data: a YAML mapping as in
+            `encoders` of a configuration, or a file with one.
     """
     store = store_folder(path)
-    models = dict(_name_and_model(text) for text in encoder_models)
+    models = dict(_name_and_value(text, *_MODEL) for text in encoder_models)
+    stated = [_name_and_value(text, *_ENCODER) for text in encoders]
+    if reencode is None and stated:
+        raise ConfigError(f"--encoder {encoders[0]}: goes with --reencode FRACTION; add it")
     holder = _holder(path)
     at_work, note = ({}, []) if holder is None else ({"at_work": holder}, [_AT_WORK.format(holder)])
     try:
@@ -45,8 +58,10 @@ def verify_command(
     comparisons = {}
     if reencode is not None and report.ok:
         from stages.store_tools.reencode import reencode as encode_again
+        from stages.store_tools.stated import stated_encoder
 
-        comparisons = encode_again(Store.open(store), reencode, seed=seed, models=models)
+        said = {name: stated_encoder(name, text) for name, text in stated}
+        comparisons = encode_again(Store.open(store), reencode, seed=seed, models=models, encoders=said)
         report.problems += [problem for comparison in comparisons.values() for problem in comparison.problems]
         report.ok = not report.problems
     result = {**asdict(report), **at_work}
@@ -57,7 +72,7 @@ def verify_command(
     if len(report.warnings) > _MAX_NOTES:
         lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
     if reencode is not None and not comparisons:
-        why = "files are bad" if not report.ok else "the store has no encoder that could do it"
+        why = "files are bad" if not report.ok else f"the store has no encoder that could do it; {_HINT}"
         lines.append(f"note: nothing was encoded again, because {why}")
     lines += [_comparison_line(name, comparison) for name, comparison in comparisons.items()]
     if report.input_rows is not None:
@@ -77,11 +92,11 @@ def _holder(path: str) -> str | None:
     return describe(storage.read_json(LEASE)) if is_running(storage) else None
 
 
-def _name_and_model(text: str) -> tuple[str, str]:
-    name, separator, model = text.partition("=")
-    if not (name and separator and model):
-        raise ConfigError(f"--encoder-model {text}: give NAME=MODEL, for example t5=/models/t5-v1_1-xxl")
-    return name, model
+def _name_and_value(text: str, option: str, what: str, example: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ConfigError(f"{option} {text}: give NAME={what}, for example {example}")
+    return name, value
 
 
 def _coverage_line(report: VerifyReport) -> str:

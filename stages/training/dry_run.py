@@ -1,5 +1,6 @@
 """What a training run needs: shown by `--dry-run`, before anything is started."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
@@ -11,36 +12,49 @@ from imagen_core.train.data.store import stored_sizes, trained_shapes
 from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import learning_rate
+from pipeline.errors import ConfigError
 from pipeline.storage.open import open_storage
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str, object]:
-    """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions."""
+    """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions.
+
+    Raises:
+        ConfigError: an adapter does not fit the model.
+    """
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
     shapes, sets, state = _store_state(config, online=online)
-    memory = estimate_memory(
-        denoiser,
-        micro_batch_size=micro_batch,
-        shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
-        num_tokens=config.max_tokens,
-        bytes_per_activation=_ACTIVATION_BYTES[config.precision],
-        num_averages=len(config.ema.rates),
-        num_shards=1,
-    )
+    try:
+        memory = estimate_memory(
+            denoiser,
+            micro_batch_size=micro_batch,
+            shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
+            num_tokens=config.max_tokens,
+            bytes_per_activation=_ACTIVATION_BYTES[config.precision],
+            num_averages=len(config.ema.rates),
+            num_shards=1,
+            lora=config.lora,
+        )
+    except TrainError as error:
+        raise ConfigError(str(error)) from error
+    trained = memory.gradients // 4
     dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
+    token_bytes = [2 * math.prod(shape) for shape in denoiser.network.text_shapes]
+    per_token = dict(zip(config.texts, token_bytes, strict=True)) if isinstance(config.text, tuple) else None
     sizes = stored_sizes(config)
     needed = [f"images-{size}" for size in sizes]
-    encoders = [encoder for encoder in (None if online else config.text, config.text_embed) if encoder]
+    encoders = [*([] if online else config.texts), *([config.text_embed] if config.text_embed else [])]
     needed += [text_group(encoder) for encoder in encoders]
     for name in sets:
         needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
     needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
     image_bytes = sum(3 * size * size for size in sizes)
     return {
-        "parameters": memory.weights // 4,
+        "parameters": memory.weights // 4 - (trained if config.lora is not None else 0),
+        **({} if config.lora is None else {"adapter_parameters": trained}),
         "weights_bytes": memory.weights,
         "gradients_bytes": memory.gradients,
         "optimizer_bytes": memory.optimizer,
@@ -59,7 +73,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_dim_needed": dim,
         **({} if num_layers is None else {"text_layers_needed": num_layers}),
         "image_bytes_per_sample": image_bytes,
-        "text_bytes_per_token_float16": None if dim is None or online else 2 * dim * (num_layers or 1),
+        "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
 
@@ -89,7 +103,7 @@ def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape],
         return square, [], f"cannot be used: {error}"
     buckets = f", {len(shapes)} aspect-ratio buckets" if len(shapes) > 1 else ""
     seen = config.num_steps * config.batch_size
-    shares = {name: _caption_shares(store, config) for name, store in stores.items()}
+    shares = {name: _caption_shares(store, each[name]) for name, store in stores.items()}
     sets = sorted(
         {name for store, of in shares.items() for name in of if name != next(iter(stores[store].caption_sets))}
     )
@@ -109,4 +123,4 @@ def _store_state(config: TrainConfig, *, online: bool) -> tuple[Sequence[Shape],
 
 def _caption_shares(store: Store, config: TrainConfig) -> dict[str, float]:
     """The part of the captions that comes from each set; none if no captions are read."""
-    return {} if config.text is None and config.text_embed is None else caption_shares(store, config.captions)
+    return caption_shares(store, config.captions) if config.reads_captions else {}

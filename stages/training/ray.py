@@ -83,7 +83,9 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
     encoder = None
     if online is not None:
-        encoder = online_encoder(TypeAdapter(AnyEncoder).validate_python(online), config.text_layers)
+        encoder = online_encoder(
+            TypeAdapter(AnyEncoder).validate_python(online), next(iter(config.texts.values()), None)
+        )
     context = ray.train.get_context()
     first, alone, why = context.get_world_rank() == 0, context.get_world_size() == 1, ""
     try:

@@ -52,7 +52,7 @@ def run_training(
                 from stages.training.ray import train_on_ray
 
                 return train_on_ray(config, workers, job, online)
-            encoder = None if online is None else online_encoder(online, config.text_layers)
+            encoder = None if online is None else online_encoder(online, next(iter(config.texts.values()), None))
             with job.working_folder() as folder, errors_at_url(folder, job.run.url):
                 summary = train(
                     config,

@@ -345,3 +345,49 @@ def test_settings_that_do_not_fit_a_stage_are_refused_before_sampling() -> None:
         Cascade([stage(8), stage(16, 8, guidance={"labels": 0})], ENCODER)
     with pytest.raises(ValueError, match=r"the 8 px stage: grid.kind=respaced needs a discrete schedule"):
         Cascade([stage(8, grid={"kind": "respaced", "sections": "3"})], ENCODER)
+
+
+def test_guidance_leads_away_from_the_null_text_whatever_its_length() -> None:
+    model = Cascade([stage(8)], ENCODER)
+    plain = generate(Cascade([stage(8, guidance={"text": 1})], ENCODER), [0, 1])[8]
+    away_from = {index: generate(model, [0, 1], null_text=caption(index))[8] for index in (0, 5)}
+    torch.testing.assert_close(
+        away_from[0][0], plain[0], rtol=0, atol=1e-8
+    )  # its own caption: nothing to lead away from
+    assert float((away_from[0][1] - plain[1]).abs().max()) > 1e-3
+    assert float((away_from[5] - away_from[0]).abs().max()) > 1e-3
+    torch.testing.assert_close(generate(model, [1], null_text=caption(5))[8][0], away_from[5][1], rtol=0, atol=1e-8)
+
+
+def test_without_captions_the_null_text_is_the_caption() -> None:
+    model = Cascade([stage(8)], ENCODER)
+    images = model.sample(None, [100], null_text=caption(0), dtype=torch.float64)[8]
+    torch.testing.assert_close(images, generate(model, [0], null_text=caption(0))[8])
+
+
+def test_null_text_is_truncated_as_captions_are() -> None:
+    cut = Cascade([replace(stage(8), max_tokens=3)], ENCODER)
+    long, short = (generate(cut, [0], null_text=caption(7)[:length])[8] for length in (9, 3))
+    torch.testing.assert_close(long, short)
+
+
+def test_stages_that_need_the_empty_caption_refuse_to_do_without() -> None:
+    plain = stage(8)
+    unet = plain.config.unet.model_copy(update={"dropped_caption": "empty_caption"})
+    config = plain.config.model_copy(update={"unet": unet})
+    model = Cascade([CascadeStage(random_weights(Denoiser(config).double()).eval(), plain.sampling)], ENCODER)
+    with pytest.raises(ValueError, match='null_text: the stages need the encoding of ""'):
+        generate(model, [0])
+    assert generate(model, [0], null_text=caption(3))[8].shape == (1, 3, 8, 8)
+    conditioning = Conditioning(text=torch.zeros(1, 1, DIM).double(), text_keep=torch.zeros(1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"conditioning.text_keep: this model reads the empty caption instead"):
+        model.stages[0].denoiser(torch.zeros(1, 3, 8, 8).double(), torch.ones(1), conditioning)
+
+
+def test_a_null_text_of_another_width_or_for_models_without_captions_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=rf"null_text: the stages read \(num_tokens, {DIM}\) embeddings \(got \(2, 3\)"
+    ):
+        generate(Cascade([stage(8)], ENCODER), [0], null_text=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="null_text: the stages read no captions as tokens"):
+        Cascade([stage(8)]).sample(None, [0], null_text=np.zeros((2, DIM)))

@@ -43,7 +43,7 @@ class ToyOptions(Config):
     meet: bool = False
     """`cube` waits until two of its tasks are under way at once."""
     modules: tuple[str, ...] = ()
-    """Large packages of `square`, which leaves a mark with its process and that one's parent."""
+    """Large packages of `square`; then it and `fetch` leave a mark with their process and that one's parent."""
     fetch_awaits: str = ""
     """`fetch` ends only when a mark that begins with this is there."""
     fetch_waits: bool = False
@@ -60,6 +60,8 @@ class Fetch(Stage):
 
     def process(self, task: Task) -> None:
         mark(self.options, f"fetch-{task.shard.name}-in-{os.getpid()}")
+        if self.options.modules:
+            mark(self.options, f"worker-{os.getpid()}-of-{os.getppid()}")
         wait_for_marks(self.options, self.options.fetch_awaits, 1 if self.options.fetch_awaits else 0)
         if self.options.fetch_waits and task.shard.index:
             wait_for_marks(self.options, "square", 1)

@@ -343,3 +343,21 @@ def test_the_configuration_in_a_run_folder_can_be_given_again(server: Server, tm
         "run", "precompute", "-c", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "run"), "--quiet"
     )
     assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_no_caption_of_a_row_whose_first_caption_is_empty(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned_bytes(name: str, short: list[Any]) -> int:
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder, kind, server, short)
+        given = call("plan", "precompute", "--out", str(folder / "run"), "--json", *source(folder, kind), BOTH)
+        assert given.code == 0, given.err
+        return json.loads(given.out)["groups"]["text-t5-short"]["bytes_to_do"]
+
+    without = planned_bytes("without", [*SHORT[:3], None, *SHORT[4:]])
+    assert planned_bytes("all", SHORT) > without
+    monkeypatch.setitem(globals(), "LONG", [*LONG[:3], "", *LONG[4:]])
+    assert planned_bytes("empty", SHORT) == without

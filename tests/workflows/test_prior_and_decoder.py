@@ -190,16 +190,34 @@ def test_the_likelihood_of_a_decoder_is_measured_with_its_own_image_encoder_only
 def test_a_prior_on_two_text_encoders_finds_each_where_it_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its vectors' at prior.encoder_model, its tokens' at encoder_model; one model for both at prior.encoder_model."""
     loaded = load_checkpoint(work / "prior")
-    assert loaded.encoder is not None
+    assert isinstance(loaded.encoder, dict)
     other = {**loaded.encoder, "fingerprint": {**loaded.encoder["fingerprint"], "model": "t5"}}
     found = []
+    for name in ("PromptEmbeddings", "PromptTokens"):
+        monkeypatch.setattr(sample_prior, name, lambda *_, **more: found.append((more["option"], more["model"])))
     for encoder in (loaded.encoder, other):
         monkeypatch.setattr(sample_prior, "load_checkpoint_from", lambda *_, e=encoder: replace(loaded, encoder=e))
-        monkeypatch.setattr(
-            sample_prior, "PromptEmbeddings", lambda *_, **more: found.append((more["option"], more["model"]))
-        )
         settings = SamplePriorConfig(checkpoint="p", encoder_model="CLIP")
         cpu = torch.device("cpu")
         sample_prior.PriorSampler(settings, store=None, encoder_model="T5", device=cpu, autocast=None)
     own = ("prior.encoder_model", "CLIP")
     assert found == [own, own, own, ("encoder_model", "T5")]
+
+
+@pytest.mark.slow
+def test_a_prior_reads_the_tokens_of_several_encoders(work: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((work / "prior.yaml").read_text())
+    config["denoiser"]["network"]["text_dim"], config["text"] = [24, 16], ["tokens", "clip"]
+    (work / "both.yaml").write_text(yaml.safe_dump(config))
+    result = train(work, "both", work / "both")
+    assert result.code == 0, result.err
+    stage = {"checkpoint": str(work / "decoder"), "sampling": {"num_steps": 2}}
+    prior = {"checkpoint": str(work / "both"), "encoder_model": str(work / "clip"), "sampling": {"num_steps": 2}}
+    common = (f"stages={json.dumps([stage])}", f"prior={json.dumps(prior)}", "device=cpu", "precision=float32")
+    prompt = ("prompts=[a red circle]", f"encoder_model={{tokens: {work}/clip, clip: {work}/clip}}")
+    given = call("run", "sample", "--out", str(tmp_path / "prompts"), "--quiet", *common, *prompt)
+    assert given.code == 0, given.err
+    assert pixels(tmp_path / "prompts")[0].shape == (16, 16, 3)
+    captions = f"captions={{kind: store, path: {work}/run/store, num_captions: 2}}"
+    stored = call("run", "sample", "--out", str(tmp_path / "stored"), "--quiet", *common, captions)
+    assert stored.code == 0, stored.err

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor
 
 Condition = Literal["text", "transcription", "labels", "image_embed", "low_res"]
 """A condition that guidance can drop."""
+
+Tokens = Tensor | tuple[Tensor, ...]
+"""Of one text encoder, or of each of several in their order."""
 
 _TENSORS: dict[Condition, tuple[str, ...]] = {
     "text": ("text", "text_embed"),
@@ -39,8 +42,8 @@ class Conditioning:
 
     Attributes:
         text: float (b, l, text_dim), token embeddings padded with zeros; (b, l, layers, text_dim) where a model reads
-            several layers of each token.
-        text_mask: bool (b, l), true on real tokens.
+            several layers of each token. Where it reads several encoders, such a tensor of each, with an l of its own.
+        text_mask: bool (b, l), true on real tokens; of each encoder where there are several.
         text_embed: float (b, d), the caption as one vector in a space shared with images (CLIP).
         text_keep: bool (b,), of text and text_embed.
         null_text, null_text_mask: as text and text_mask, of the same length: the caption that takes the place of a
@@ -59,8 +62,8 @@ class Conditioning:
         estimate: float (b, c, h, w), an earlier estimate of the clean image (self-conditioning).
     """
 
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
+    text: Tokens | None = None
+    text_mask: Tokens | None = None
     text_embed: Tensor | None = None
     text_keep: Tensor | None = None
     null_text: Tensor | None = None
@@ -78,7 +81,14 @@ class Conditioning:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Applies a function to every tensor."""
-        return Conditioning(**{name: None if t is None else function(t) for name, t in self._items()})
+        values: dict[str, Any] = {name: None if t is None else _each(function, t) for name, t in self._items()}
+        return Conditioning(**values)
+
+    def map_text(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """Applies a function to token embeddings and masks of every encoder, and to those of `null_text`."""
+        names = ("text", "text_mask", "null_text", "null_text_mask")
+        found = {name: tokens for name in names if (tokens := getattr(self, name)) is not None}
+        return replace(self, **{name: _each(function, tokens) for name, tokens in found.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
         """Moves all tensors to a device; `dtype` applies to floating-point tensors only, None keeps theirs."""
@@ -96,8 +106,8 @@ class Conditioning:
         """A copy with a condition dropped in the rows where `keep`, bool (b,), is false; not for low_res."""
         if condition != "text" or self.null_text is None:
             return replace(self, **{_KEEP[condition]: keep})
-        assert self.text is not None
-        assert self.text_mask is not None
+        assert isinstance(self.text, Tensor)
+        assert isinstance(self.text_mask, Tensor)
         assert self.null_text_mask is not None
         text = torch.where(keep.view(-1, *[1] * (self.text.ndim - 1)), self.text, self.null_text)
         return replace(self, text=text, text_mask=torch.where(keep[:, None], self.text_mask, self.null_text_mask))
@@ -106,12 +116,14 @@ class Conditioning:
         """A copy in which a dropped caption is replaced by `null_text`, (l, text_dim) or (l, layers, text_dim).
 
         Raises:
-            ValueError: there is no text, or captions are read as one vector too, which this replaces nothing of.
+            ValueError: there is no text, it is of several encoders, or captions are read as one vector too.
         """
-        if self.text is None or self.text_embed is not None:
-            raise ValueError("conditioning.null_text: is for models that read captions as tokens, and nothing else")
+        if not isinstance(self.text, Tensor) or self.text_embed is not None:
+            raise ValueError("conditioning.null_text: is for models that read captions as tokens of one encoder alone")
         batch, length = self.text.shape[:2]
-        mask = self.text.new_ones(batch, length, dtype=torch.bool) if self.text_mask is None else self.text_mask
+        mask = self.text_mask
+        if not isinstance(mask, Tensor):
+            mask = self.text.new_ones(batch, length, dtype=torch.bool)
         longest = max(length, len(null_text))
         null = _longer(null_text.to(self.text), longest, axis=0).expand(batch, *[-1] * (self.text.ndim - 1))
         null_mask = torch.arange(longest, device=mask.device) < len(null_text)
@@ -140,13 +152,18 @@ class Conditioning:
         """A copy with all captions dropped, for classifier-free guidance (Ho and Salimans 2022)."""
         return self.without("text")
 
-    def _items(self) -> list[tuple[str, Tensor | None]]:
+    def _items(self) -> list[tuple[str, Tokens | None]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
     def _keep_all(self) -> Tensor:
         """bool (b,), all true."""
-        some = next(t for _, t in self._items() if t is not None)
+        found = next(t for _, t in self._items() if t is not None)
+        some = found[0] if isinstance(found, tuple) else found
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
+
+
+def _each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+    return tuple(map(function, tokens)) if isinstance(tokens, tuple) else function(tokens)
 
 
 def _longer(values: Tensor, length: int, *, axis: int) -> Tensor:
@@ -175,7 +192,7 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
     Raises:
         ValueError: a condition that some parts have and others lack.
     """
-    joined: dict[str, Tensor | None] = {}
+    joined: dict[str, Any] = {}
     for field in fields(Conditioning):
         values = [getattr(part, field.name) for part in parts]
         present = [value for value in values if value is not None]
@@ -183,5 +200,8 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
             values = [part._keep_all() if value is None else value for part, value in zip(parts, values, strict=True)]
         elif present and len(present) != len(values):
             raise ValueError(f"conditioning.{field.name}: some parts have it and some do not")
-        joined[field.name] = torch.cat(values) if present else None
+        if present and isinstance(present[0], tuple):
+            joined[field.name] = tuple(map(torch.cat, zip(*values, strict=True)))
+        else:
+            joined[field.name] = torch.cat(values) if present else None
     return Conditioning(**joined)

@@ -10,7 +10,7 @@ from imagen_core.models.conditioning.base import Conditioning, keep_mask
 from imagen_core.models.conditioning.multihead_pooling import MultiheadPooling
 
 Pooling = Literal["attention", "mean", "multihead"]
-DroppedCaption = Literal["zero_tokens", "no_tokens"]
+DroppedCaption = Literal["zero_tokens", "no_tokens", "empty_caption"]
 
 
 class AttentionPooling(nn.Module):
@@ -67,7 +67,8 @@ class TextConditioning(nn.Module):
         """
         Args:
             dropped_caption: what a row attends to when its caption is dropped: a zero embedding for each of its
-                tokens (NeMo Imagen), or nothing, as if the caption were empty.
+                tokens (NeMo Imagen); nothing; or the encoding of "", which takes the caption's place as
+                `Conditioning.null_text` (DeepFloyd IF).
             null_token: adds one learned token to every context, never masked.
             padded_tokens: captions are padded with zeros to this number of tokens; the padding is masked in the
                 context but not in the pooling, and mean pooling averages the context (NeMo Imagen).
@@ -92,9 +93,12 @@ class TextConditioning(nn.Module):
         """Returns the context (b, l, cond_dim), its bool mask (b, l), and the vector (b, time_dim).
 
         Raises:
-            ValueError: the text is missing, of another width, or longer than padded_tokens.
+            ValueError: the text is missing, of another width, or longer than padded_tokens; or a caption is dropped
+                without a null_text that the model needs.
         """
         text, mask = masked_text(conditioning, self.text_dim)
+        if self.dropped_caption == "empty_caption" and conditioning.text_keep is not None:
+            raise ValueError("conditioning.text_keep: this model reads the empty caption instead; give null_text")
         if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
             mask = mask & conditioning.text_keep[:, None]
         text, pooled_mask = text.to(next(self.parameters()).dtype), mask
@@ -145,6 +149,8 @@ def checked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Ten
     text, mask = conditioning.text, conditioning.text_mask
     if text is None:
         raise ValueError("conditioning.text: this model reads captions; give text (for none, text_keep=False)")
+    if isinstance(text, tuple) or isinstance(mask, tuple):
+        raise ValueError("conditioning.text: this model reads one text encoder (got several); give one tensor")
     if text.ndim != 3:
         raise ValueError(
             f"conditioning.text: this model reads no layers (got {tuple(text.shape)}); set num_text_layers"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from imagen_core.models.hybrid.config import HybridUNetSettings
 from imagen_core.models.layers.attention import Attention, flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.resblock import PixelRMSNorm
 from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.models.unet.block import Block
 
@@ -63,15 +64,20 @@ class TwoConvs(nn.Module):
 class TextAttention(nn.Module):
     """Pixels attend to the condition tokens; with a norm before and after, and a residual."""
 
-    def __init__(self, width: int, config: HybridUNetSettings, *, linear: bool = False):
+    def __init__(self, width: int, config: HybridUNetSettings, *, linear: bool = False, middle: bool = False):
         super().__init__()
+        num_heads = config.cross_num_heads or config.num_heads
+        head_dim = config.cross_head_dim or config.head_dim
+        if middle:
+            num_heads = config.middle_cross_num_heads or num_heads
+            head_dim = config.middle_cross_head_dim or head_dim
         self.norm = nn.LayerNorm(width, bias=False)
         self.attention = Attention(
             width,
             kind="cross",
             linear=linear,
-            num_heads=config.cross_num_heads or config.num_heads,
-            head_dim=config.cross_head_dim or config.head_dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
             context_dim=config.context_dim,
             bias=False,
             null_kv=True,
@@ -123,23 +129,25 @@ class TransformerBlock(nn.Module):
 
 
 class FeatureCombiner(nn.Module):
-    """The outputs of all levels on the way up, each narrowed by a convolution and upsampled to the last one's size."""
+    """The outputs of all levels on the way up, each narrowed by a convolution and upsampled to one size."""
 
-    def __init__(self, widths: list[int], out_width: int):
+    def __init__(self, widths: list[int], config: HybridUNetSettings):
         super().__init__()
-        self.narrow = nn.ModuleList(
-            [
-                nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, out_width, 3, padding=1))
-                for width in widths
-            ]
-        )
+        self.upsample_first = config.combine_at == "full"
+        rms = self.upsample_first and config.norm == "rms"
+
+        def narrow(width: int) -> nn.Sequential:
+            norm = PixelRMSNorm(width) if rms else nn.GroupNorm(8, width)
+            return nn.Sequential(norm, nn.SiLU(), nn.Conv2d(width, config.dim, 3, padding=1))
+
+        self.narrow = nn.ModuleList([narrow(width) for width in widths])
 
     def forward(self, features: list[Tensor], size: torch.Size) -> list[Tensor]:
-        """(b, c, h, w) each -> (b, out_width, *size) each."""
-        return [
-            F.interpolate(narrow(feature), size=size, mode="nearest")
-            for narrow, feature in zip(self.narrow, features, strict=True)
-        ]
+        """(b, c, h, w) each -> (b, dim, *size) each."""
+        pairs = zip(self.narrow, features, strict=True)
+        if self.upsample_first:
+            return [narrow(F.interpolate(feature, size=size, mode="nearest")) for narrow, feature in pairs]
+        return [F.interpolate(narrow(feature), size=size, mode="nearest") for narrow, feature in pairs]
 
 
 class GlobalContext(nn.Module):

@@ -32,7 +32,8 @@ class LevelTokens(nn.Module):
         time_dim, context_dim = config.time_dim, config.context_dim
         embedding = level_embedding(config.dim, config.num_fourier_frequencies, closed=config.sinusoids == "closed")
         self.embedding = embedding
-        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), nn.SiLU())
+        activation = nn.GELU() if config.level_activation == "gelu" else nn.SiLU()
+        self.hidden = nn.Sequential(nn.Linear(embedding.out_dim, time_dim), activation)
         self.to_vector = nn.Linear(time_dim, time_dim)
         self.to_tokens = nn.Linear(time_dim, _TOKENS_PER_LEVEL * context_dim)
 
@@ -110,7 +111,7 @@ class EmptyCaption(nn.Module):
         super().__init__()
         self.null_tokens = nn.Parameter(torch.randn(config.max_text_tokens, config.context_dim))
         self.null_vector = nn.Parameter(torch.randn(config.time_dim)) if config.caption_vector else None
-        self.resampler = PerceiverResampler(config.context_dim, qk_norm=config.qk_norm) if config.perceiver else None
+        self.resampler = PerceiverResampler(config) if config.perceiver else None
 
 
 class CaptionTokens(EmptyCaption):
@@ -147,18 +148,20 @@ class CaptionTokens(EmptyCaption):
 
 
 class PerceiverResampler(nn.Module):
-    """Any number of tokens -> 36: 32 learned queries and 4 projections of the tokens' mean, after attention layers."""
+    """Any number of tokens -> by default 36: 32 learned queries and 4 projections of the tokens' mean, after attention
+    layers."""
 
-    def __init__(self, dim: int, *, num_latents: int = 32, num_mean_latents: int = 4, depth: int = 2, qk_norm: bool):
+    def __init__(self, config: HybridUNetSettings, *, num_mean_latents: int = 4, depth: int = 2):
         super().__init__()
+        dim = config.context_dim
         self.positions = nn.Parameter(torch.randn(512, dim))
-        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.latents = nn.Parameter(torch.randn(config.perceiver_num_latents, dim))
         self.mean_norm = nn.LayerNorm(dim, bias=False)
         self.to_mean_latents = nn.Linear(dim, num_mean_latents * dim)
-        self.layers = nn.ModuleList([ResamplerLayer(dim, qk_norm=qk_norm) for _ in range(depth)])
+        self.layers = nn.ModuleList([ResamplerLayer(config) for _ in range(depth)])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, l, dim), l <= 512 -> (b, 36, dim)."""
+        """(b, l, dim), l <= 512 -> (b, perceiver_num_latents + 4, dim)."""
         placed = tokens + self.positions[: tokens.shape[1]].to(tokens.dtype)
         mean = self.to_mean_latents(self.mean_norm(tokens.mean(dim=1))).unflatten(-1, (-1, tokens.shape[-1]))
         latents = torch.cat([mean, self.latents.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
@@ -170,11 +173,18 @@ class PerceiverResampler(nn.Module):
 class ResamplerLayer(nn.Module):
     """Latents attend to the tokens and to themselves, then a feed-forward layer; both with residuals."""
 
-    def __init__(self, dim: int, *, qk_norm: bool):
+    def __init__(self, config: HybridUNetSettings):
         super().__init__()
+        dim = config.context_dim
         self.norm_tokens, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = Attention(
-            dim, kind="cross", num_heads=8, head_dim=64, context_dim=dim, bias=False, qk_norm=qk_norm
+            dim,
+            kind="cross",
+            num_heads=config.perceiver_num_heads,
+            head_dim=config.perceiver_head_dim,
+            context_dim=dim,
+            bias=False,
+            qk_norm=config.qk_norm,
         )
         self.norm_out = nn.LayerNorm(dim)
         self.feed_forward = feed_forward(dim, 4)

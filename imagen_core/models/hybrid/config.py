@@ -42,7 +42,13 @@ class HybridUNetSettings(UNetBaseConfig):
     max_text_tokens: int = Field(default=256, ge=1, le=512)
     """Captions are padded to this length with learned tokens."""
     perceiver: bool = True
-    """Resample captions to 36 tokens; false attends to all of their tokens."""
+    """Resample captions to a fixed number of tokens, 36 by default; false attends to all of their tokens."""
+    perceiver_num_latents: int = Field(default=32, ge=1)
+    """Learned queries of the resampler; 4 tokens come from the caption's mean in addition."""
+    perceiver_num_heads: int = Field(default=8, ge=1)
+    """Number of attention heads of the resampler."""
+    perceiver_head_dim: int = Field(default=64, ge=1)
+    """Channels of one attention head of the resampler."""
     num_heads: int = Field(default=8, ge=1)
     """Number of attention heads."""
     head_dim: int = Field(default=64, ge=1)
@@ -51,6 +57,10 @@ class HybridUNetSettings(UNetBaseConfig):
     """Number of attention heads of ResBlocks; null means num_heads."""
     cross_head_dim: int | None = Field(default=None, ge=1)
     """Channels of one attention head of ResBlocks; null means head_dim."""
+    middle_cross_num_heads: int | None = Field(default=None, ge=1)
+    """Number of attention heads of the ResBlocks in the middle; null means as in the others."""
+    middle_cross_head_dim: int | None = Field(default=None, ge=1)
+    """Channels of one attention head of the ResBlocks in the middle; null means as in the others."""
     ff_mult: int = Field(default=2, ge=0)
     """Width of the transformer blocks' feed-forward layers, in units of the block's width; 0 for attention alone."""
     attend_to_conditions: bool = True
@@ -59,10 +69,16 @@ class HybridUNetSettings(UNetBaseConfig):
     """A transformer block, over pixels alone, between the two ResBlocks in the middle."""
     middle_feed_forward: bool = True
     """That block has a feed-forward layer, like the others; false for attention alone (MinImagen)."""
+    middle_transformer_depth: int = Field(default=1, ge=1)
+    """Layers of that block."""
+    init_kernels: tuple[int, ...] = Field(default=(3, 7, 15), min_length=1)
+    """Kernel sides of the first convolutions, in pixels, rising and odd; they run in parallel."""
     memory_efficient: bool = False
     """Change resolution before the ResBlocks of a level, not after them."""
     initial_res_block: bool = False
     """A ResBlock before the first level (memory-efficient models of imagen-pytorch and PaddleFleetX)."""
+    convs_after: bool = False
+    """With memory_efficient, a 1x1 convolution at the end of each level on the way down (DALLE2-pytorch)."""
     downsample: Literal["pixel_unshuffle", "conv", "cross_embed"] = "pixel_unshuffle"
     """Downsample by moving pixels into channels, by one strided convolution (MinImagen), or by two in parallel with
     kernels of 2 and 4 pixels."""
@@ -87,6 +103,8 @@ class HybridUNetSettings(UNetBaseConfig):
     sinusoids: Literal["open", "closed"] = "open"
     """For imported models: the frequencies of fixed sinusoids, from 1, end one step before 1/10000 (open) or at it
     (closed, MinImagen)."""
+    level_activation: Literal["silu", "gelu"] = "silu"
+    """Activation between the two layers of the noise level's embedding; gelu is DALLE2-pytorch's."""
     low_res_at_end: bool = True
     """Concatenate the low-resolution image to the input of the last convolution too."""
     scale_skips: bool = True
@@ -95,6 +113,9 @@ class HybridUNetSettings(UNetBaseConfig):
     """Concatenate the first convolution's output to the last ResBlock's input."""
     combine_up_features: bool = False
     """Concatenate the upsampled outputs of all levels on the way up to it too."""
+    combine_at: Literal["level", "full"] = "level"
+    """Where these outputs are narrowed: at their level's resolution, by group norm, SiLU and a convolution; or after
+    upsampling, with the norm of the ResBlocks (full, imagen-pytorch)."""
     out_kernel_size: Literal[1, 3] = 3
     """Kernel side of the last convolution, in pixels."""
 
@@ -108,6 +129,12 @@ class HybridUNetSettings(UNetBaseConfig):
             raise ValueError(f"dim must be a multiple of 8 (got {self.dim})")
         if isinstance(self.transformer_depth, tuple) and len(self.transformer_depth) != levels:
             raise ValueError(f"transformer_depth has {len(self.transformer_depth)} entries for {levels} levels")
+        if any(kernel % 2 == 0 for kernel in self.init_kernels) or list(self.init_kernels) != sorted(
+            self.init_kernels
+        ):
+            raise ValueError(f"init_kernels must rise and be odd (got {self.init_kernels})")
+        if self.convs_after and not self.memory_efficient:
+            raise ValueError("convs_after is for models with memory_efficient, whose levels end with none")
         if self.transcription is not None:
             raise ValueError("transcription: Hybrid UNets read none; use family regular or efficient")
         self.check_inputs()

@@ -33,7 +33,7 @@ class HybridUNet(nn.Module):
         self.config = config
         widths = [config.dim, *(config.dim * mult for mult in config.dim_mults)]
         self.inputs = HybridInputs(config)
-        self.conv_in = CrossEmbed(config.input_channels, config.dim)
+        self.conv_in = CrossEmbed(config.input_channels, config.dim, config.init_kernels)
         self.first = None
         if config.initial_res_block:
             self.first = Block(self._res(config.dim, config.dim, gate=config.final_global_context), None)
@@ -43,7 +43,8 @@ class HybridUNet(nn.Module):
         for level in range(last + 1):
             narrow, wide = widths[level], widths[level + 1]
             if config.memory_efficient:
-                self.down.append(self._level(level, wide, before=self._downsample(narrow, wide)))
+                after = nn.Conv2d(wide, wide, 1) if config.convs_after else None
+                self.down.append(self._level(level, wide, before=self._downsample(narrow, wide), after=after))
             else:
                 after = self._downsample(narrow, wide) if level < last else self._widen(narrow, wide)
                 self.down.append(self._level(level, narrow, after=after))
@@ -58,12 +59,21 @@ class HybridUNet(nn.Module):
                 ),
             )
         middle = widths[-1]
-        self.middle = nn.ModuleList([Block(self._res(middle, middle, text=True), None)])
+        self.middle = nn.ModuleList([self._middle_block(middle)])
         if config.middle_attention:
-            feed_forward = config.middle_feed_forward
-            self.middle.append(TransformerBlock(middle, config, attend_to_conditions=False, feed_forward=feed_forward))
-        self.middle.append(Block(self._res(middle, middle, text=True), None))
-        self.combiner = FeatureCombiner(widths[:0:-1], config.dim) if config.combine_up_features else None
+            self.middle.append(
+                TransformerBlock(
+                    middle,
+                    config,
+                    attend_to_conditions=False,
+                    feed_forward=config.middle_feed_forward,
+                    depth=config.middle_transformer_depth,
+                )
+            )
+        self.middle.append(self._middle_block(middle))
+        self.combiner = None
+        if config.combine_up_features:
+            self.combiner = FeatureCombiner(widths[:0:-1], config)
         joined = 1 + config.init_residual + (last + 1) * config.combine_up_features
         self.final = Block(self._res(joined * config.dim, config.dim, gate=config.final_global_context), None)
         extra = config.in_channels if config.low_res and config.low_res_at_end else 0
@@ -152,8 +162,17 @@ class HybridUNet(nn.Module):
             after=after,
         )
 
+    def _middle_block(self, width: int) -> Block:
+        return Block(self._res(width, width, text=True, middle=True), None)
+
     def _res(
-        self, in_channels: int, out_channels: int, *, text: LevelAttention = False, gate: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        text: LevelAttention = False,
+        gate: bool = False,
+        middle: bool = False,
     ) -> ResBlock:
         config = self.config
         return ResBlock(
@@ -166,7 +185,9 @@ class HybridUNet(nn.Module):
             zero_init=False,
             conv_first=config.res_block == "conv_first",
             weight_standardization=config.weight_standardization,
-            text_attention=TextAttention(out_channels, config, linear=text == "linear") if text else None,
+            text_attention=TextAttention(out_channels, config, linear=text == "linear", middle=middle)
+            if text
+            else None,
             gate=GlobalContext(out_channels) if gate else None,
         )
 

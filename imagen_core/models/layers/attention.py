@@ -91,7 +91,8 @@ class Attention(nn.Module):
             context: (b, l, context_dim), for cross and fused.
             mask: bool (b, l), true where the context is real; None if it is real everywhere.
             keys_from: (b, n, dim), the source of the sequence's own keys and values; None means x.
-            bias: added to the logits of self attention; broadcasts to (b, heads, n, n), with a last axis of n.
+            bias: added to the logits of self attention; broadcasts to (b, heads, n, n), with a last axis of n, or of
+                n + 1 if it includes the null key.
             rotary: applied to the queries and the sequence's own keys (b, heads, n, d), in self attention.
         Returns:
             (b, n, dim).
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         num_queries = q.shape[2]
         logits = q.new_zeros(1, num_queries, num_keys)
         if bias is not None:
-            logits = F.pad(bias.to(q.dtype), (num_keys - num_queries, 0))
+            logits = F.pad(bias.to(q.dtype), (num_keys - bias.shape[-1], 0))
         if self.causal:
             ahead = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
             logits = logits.masked_fill(ahead.triu(num_keys - num_queries + 1), -torch.inf)

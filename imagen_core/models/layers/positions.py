@@ -18,10 +18,15 @@ class RelativePositionBias(nn.Module):
         self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
-    def forward(self, length: int) -> Tensor:
-        """float (num_heads, length, length): rows are the queries' positions, columns the keys'."""
-        positions = torch.arange(length, device=self.embedding.weight.device)
-        return self.embedding(self.bucket(positions[None, :] - positions[:, None])).permute(2, 0, 1)
+    def forward(self, length: int, *, null: bool = False) -> Tensor:
+        """float (num_heads, length, length): rows are the queries' positions, columns the keys'.
+
+        Args:
+            null: one more column, of a null key at position 0, so that the keys' positions are one higher than the
+                queries': (num_heads, length, length + 1).
+        """
+        positions = torch.arange(length + null, device=self.embedding.weight.device)
+        return self.embedding(self.bucket(positions[None, :] - positions[:length, None])).permute(2, 0, 1)
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Distances, key minus query, int64 -> bucket in [0, num_buckets)."""

@@ -23,6 +23,7 @@ def _if(size_px: int, channels: int, mult: tuple[int, ...], **more: object) -> R
             "text_dim": 4096,
             "cond_dim": channels * mult[-1],
             "padded_tokens": 77,
+            "dropped_caption": "empty_caption",
             "pooling": "multihead",
             "out_channels": 6,
             "resblock_updown": True,

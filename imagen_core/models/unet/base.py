@@ -6,7 +6,7 @@ from pydantic import Field
 
 from imagen_core.config import default_field
 from imagen_core.models.conditioning.text import DroppedCaption, Pooling
-from imagen_core.models.conditioning.text_layers import TextConfig
+from imagen_core.models.conditioning.text_layers import TextConfig, TextDim
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 from imagen_core.models.layers.activation import Activation
 
@@ -18,8 +18,9 @@ class UNetBaseConfig(TextConfig):
 
     image_size_px: int = Field(ge=1)
     """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
-    text_dim: int | None = Field(default=1024, ge=1)
-    """Width of the text embeddings, or of each of their layers; null disables conditioning on text."""
+    text_dim: TextDim = 1024
+    """Width of the text embeddings, or of each of their layers; null disables conditioning on text. A list: the widths
+    of several encoders, whose tokens are projected to the largest of them and joined to one sequence."""
     text_embed_dim: int | None = Field(default=None, ge=1)
     """Width of each caption's one vector by another text encoder (CLIP, pooled or projected), which is projected and
     added to the time vector; null disables conditioning on it."""
@@ -48,6 +49,11 @@ class UNetBaseConfig(TextConfig):
     """Dropout in ResBlocks."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    @property
+    def needs_empty_caption(self) -> bool:
+        """Whether the encoding of "" takes the place of a dropped caption."""
+        return False
 
     @property
     def input_channels(self) -> int:
@@ -97,7 +103,8 @@ class AttentionUNetConfig(UNetBaseConfig):
     is always masked, and each token is normalised by itself."""
     dropped_caption: DroppedCaption = "zero_tokens"
     """What a row attends to when its caption is dropped: zero_tokens, a zero vector for each of its tokens (NeMo);
-    no_tokens, nothing, so that the result does not depend on the caption's length either."""
+    no_tokens, nothing, so that the result does not depend on the caption's length either; empty_caption, the encoding
+    of "" (DeepFloyd IF), which training takes from the store, and sampling from the store or the encoder."""
     learned_fourier_frequencies: int | None = None
     """Number of frequencies of a learned time embedding; null uses fixed sinusoids."""
     init_kernel_size: int = Field(default=3, ge=1)
@@ -116,6 +123,10 @@ class AttentionUNetConfig(UNetBaseConfig):
     def time_dim(self) -> int:
         """Width of the time vector."""
         return self.time_embed_dim or 4 * self.embed_dim
+
+    @property
+    def needs_empty_caption(self) -> bool:
+        return self.dropped_caption == "empty_caption"
 
     @property
     def sides_divisor(self) -> int:
@@ -140,6 +151,11 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
+        if self.needs_empty_caption and (not isinstance(self.text_dim, int) or self.text_embed_dim is not None):
+            raise ValueError(
+                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder alone "
+                f"(got text_dim {self.text_dim} and text_embed_dim {self.text_embed_dim})"
+            )
         if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
             raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")
         resolutions = () if self.transcription is None else self.transcription.resolutions

@@ -64,7 +64,8 @@ class EfficientUNetConfig(AttentionUNetConfig):
     @property
     def context_dim(self) -> int:
         """Width of the tokens that are attended to."""
-        return self.text_dim or self.image_embed_dim or 0
+        of_text = self.text_width if isinstance(self.text_dim, tuple) else self.text_dim
+        return of_text or self.image_embed_dim or 0
 
     def build(self) -> "EfficientUNet":
         """A new model with random weights."""

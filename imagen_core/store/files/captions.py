@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.errors import reading
+from imagen_core.store.files.arrow_column import arrow_column
 from imagen_core.store.files.digest import captions_digest
 from imagen_core.store.files.parquet import DIGEST_FIELD, PARQUET_ERRORS, new_parquet, required
 from imagen_core.store.files.samples import Strings, list_offsets
@@ -64,7 +65,7 @@ def write_captions(path: str | os.PathLike[str], keys: Sequence[str], rows: Sequ
     """
     digests = [captions_digest(key, row.captions) for key, row in zip(keys, rows, strict=True)]
     values = ([row.captions for row in rows], [row.ids for row in rows], digests)
-    columns = [pa.array(column, field.type) for column, field in zip(values, _SCHEMA, strict=True)]
+    columns = [arrow_column(column, field.type) for column, field in zip(values, _SCHEMA, strict=True)]
     with new_parquet(path, _SCHEMA, {}) as writer:
         if rows:
             writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=len(rows))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.errors import ADVICE, StoreError, reading
+from imagen_core.store.files.arrow_column import arrow_column
 from imagen_core.store.files.digest import image_digest
 from imagen_core.store.files.parquet import PARQUET_ERRORS, new_parquet
 from imagen_core.store.records import HashesGroup
@@ -63,10 +64,10 @@ def write_hashes(
         ]
     )
     columns = [
-        pa.array([row.pixels for row in rows], schema.field(0).type),
-        pa.array([row.perceptual.tobytes() for row in rows], schema.field(1).type),
-        pa.array([row.thumbnail.tobytes() for row in rows], schema.field(2).type),
-        pa.array([image_digest(*of, row.stored()) for row, of in zip(rows, samples, strict=True)], pa.uint64()),
+        arrow_column([row.pixels for row in rows], schema.field(0).type),
+        arrow_column([row.perceptual.tobytes() for row in rows], schema.field(1).type),
+        arrow_column([row.thumbnail.tobytes() for row in rows], schema.field(2).type),
+        arrow_column([image_digest(*of, row.stored()) for row, of in zip(rows, samples, strict=True)], pa.uint64()),
     ]
     try:
         with new_parquet(path, schema, {}) as writer:

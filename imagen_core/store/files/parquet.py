@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.errors import reading, unreadable
+from imagen_core.store.files.arrow_column import arrow_column, as_numpy
 from imagen_core.store.files.digest import DIGEST_DTYPE
 from imagen_core.store.files.layers import OnFirstUse, check_held, stored_row
 from imagen_core.store.files.parquet_column import BlobColumn
@@ -50,7 +51,7 @@ class RowGroups:
     def flush(self) -> None:
         if self._rows:
             values = zip(zip(*self._rows, strict=True), self._schema, strict=True)
-            columns = [pa.array(column, field.type) for column, field in values]
+            columns = [arrow_column(column, field.type) for column, field in values]
             self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(self._rows))
             self._rows, self._num_bytes = [], 0
 
@@ -142,7 +143,11 @@ class ParquetEmbeddings:
 
 def read_counts(file: pq.ParquetFile, name: str) -> np.ndarray:
     """A column of counts, int64."""
-    return file.read(columns=[name], use_threads=False).column(0).to_numpy().astype(np.int64)
+    return _integers(file, name).astype(np.int64)
+
+
+def _integers(file: pq.ParquetFile, name: str) -> np.ndarray:
+    return as_numpy(file.read(columns=[name], use_threads=False).column(0).combine_chunks())
 
 
 def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
@@ -151,7 +156,7 @@ def parquet_digests(source: str | BinaryIO, name: str) -> np.ndarray | None:
         file = pq.ParquetFile(source)
         if "digest" not in file.schema_arrow.names:
             return None
-        return file.read(columns=["digest"], use_threads=False).column(0).to_numpy().astype(DIGEST_DTYPE)
+        return _integers(file, "digest").astype(DIGEST_DTYPE)
 
 
 @contextmanager

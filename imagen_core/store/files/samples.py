@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagen_core.store.errors import reading
+from imagen_core.store.files.arrow_column import arrow_column, as_numpy
 from imagen_core.store.files.parquet import PARQUET_ERRORS, new_parquet, required
 from imagen_core.store.layout import ColumnType, ColumnValue, ImageInfo, SampleRow
 
@@ -72,9 +73,9 @@ def write_samples(
             )
     used_columns = [c for c in _OPTIONAL_COLUMNS if any(getattr(row, c.name) is not None for row in rows)]
     own = pa.schema([*_SAMPLES_SCHEMA, *used_columns])
-    arrays = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in own]
+    arrays = [arrow_column([getattr(row, field.name) for row in rows], field.type) for field in own]
     kept = [pa.field(name, _COLUMN_TYPES[kind]) for name, kind in columns.items()]
-    arrays += [pa.array([row.columns.get(field.name) for row in rows], field.type) for field in kept]
+    arrays += [arrow_column([row.columns.get(field.name) for row in rows], field.type) for field in kept]
     schema = pa.schema([*own, *kept])
     metadata = {"input_rows": str(num_input_rows), "dropped": json.dumps(dropped, sort_keys=True)}
     if columns:
@@ -225,7 +226,7 @@ class SamplesFile:
 
 def list_offsets(lists: pa.ListArray) -> list[int]:
     """Where each row's items start in the flattened column, and where the last row's end."""
-    return [0, *np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False)).tolist()]
+    return [0, *np.cumsum(as_numpy(lists.value_lengths())).tolist()]
 
 
 class Strings:

@@ -1,9 +1,9 @@
 """Reads samples of one or several stores into one batch of tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,24 +49,29 @@ class BatchReader:
             images are squares, or none are read.
     """
 
-    def __init__(self, stores: Sequence[StoreReader], options: LoaderOptions) -> None:
-        """`stores` have groups of the same dtypes and sizes.
+    def __init__(
+        self,
+        stores: Sequence[StoreReader],
+        options: LoaderOptions,
+        caption_sets: Sequence[Mapping[str, float] | None] | None = None,
+    ) -> None:
+        """`stores` have groups of the same dtypes and sizes; `caption_sets`: of each of them, instead of `options`'.
 
         Raises:
             ValueError: a size or encoder that a store lacks, or images of different aspect-ratio buckets.
         """
         self._stores, self._options = stores, options
         self._view = options.crop or FullImage()
-        self._choices = [CaptionChoice(store, options) for store in stores] if options.reads_captions else []
+        sets = [options.caption_sets] * len(stores) if caption_sets is None else caption_sets
+        each = [replace(options, caption_sets=weights) for weights in sets]
+        self._choices = list(map(CaptionChoice, stores, each)) if options.reads_captions else []
         self.has_caption_sets = any(choice.has_sets for choice in self._choices)
         self.ratios: tuple[Shape, ...] = ()
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         self._largest = {size: max(math.prod(each[size].shown) for each in self._layouts) for size in self._layouts[0]}
         """Most pixels of an image in a batch, by size."""
         for store in reversed(stores):  # what describes the batch is taken of the first
-            self._text_group = None if options.text is None else store.text_group(options.text)
-            if options.text_layers is not None:
-                self._text_group = _with_layers(self._text_group, options.text_layers)
+            self._text_groups = [_with_layers(store.text_group(name), only) for name, only in options.texts.items()]
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
             self._embed_group = None if options.image_embed is None else store.image_embed_group(options.image_embed)
             self._columns = {name: store.column_type(name) for name in options.columns or ()}
@@ -101,7 +106,7 @@ class BatchReader:
         images = {size: self._empty_images(len(draws), size, frame) for size, frame in layout.items()}
         pixels = {size: tensor.numpy() for size, tensor in images.items()}
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
-        rows: list[dict[str, np.ndarray]] = [{}] * len(draws)
+        rows: list[_Embeddings] = [_Embeddings([], {})] * len(draws)
         arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
         columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
@@ -139,25 +144,32 @@ class BatchReader:
             batch["columns"] = {name: self._column(values, name) for name, values in columns.items()}
         return batch
 
-    def _embeddings(self, files: OpenShard, row: int, taken: TakenCaption | None) -> dict[str, np.ndarray]:
-        """The embeddings of a sample that are asked for, by the part of the batch."""
+    def _embeddings(self, files: OpenShard, row: int, taken: TakenCaption | None) -> "_Embeddings":
+        """The embeddings of a sample that are asked for."""
         found: dict[str, np.ndarray] = {}
-        if taken is not None and (group := self._text_group) is not None:
-            found["text"] = self._truncated(_stored(files, group.encoder, taken, group.layers), group)
+        tokens = list[np.ndarray]()
+        if taken is not None:
+            stored = [_stored(files, group.encoder, taken, group.layers) for group in self._text_groups]
+            tokens = [self._truncated(each, group) for each, group in zip(stored, self._text_groups, strict=True)]
         if taken is not None and (group := self._text_embed_group) is not None:
             stored = _stored(files, group.encoder, taken)
             found["text_embed"] = self._truncated(_one_vector(stored, group.name), group)
         if (group := self._embed_group) is not None:
             found["image_embed"] = self._truncated(files.image_embeds[group.encoder].stored(row), group)
-        return found
+        return _Embeddings(tokens, found)
 
-    def _embedding_parts(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        parts: dict[str, torch.Tensor] = {}
-        if self._text_group is not None:
-            parts["text"], parts["text_mask"] = self._pad([row["text"] for row in rows], self._text_group)
+    def _embedding_parts(self, rows: "list[_Embeddings]") -> dict[str, Any]:
+        parts: dict[str, Any] = {}
+        padded = [self._pad([row.tokens[k] for row in rows], group) for k, group in enumerate(self._text_groups)]
+        if isinstance(self._options.text, str):
+            ((parts["text"], parts["text_mask"]),) = padded
+        elif padded:
+            names = [group.encoder for group in self._text_groups]
+            for part, tensors in zip(("text", "text_mask"), zip(*padded, strict=True), strict=True):
+                parts[part] = dict(zip(names, tensors, strict=True))
         for name, group in {"text_embed": self._text_embed_group, "image_embed": self._embed_group}.items():
             if group is not None:
-                parts[name] = self._pad([row[name] for row in rows], group)[0].reshape(-1, group.dim)
+                parts[name] = self._pad([row.vectors[name] for row in rows], group)[0].reshape(-1, group.dim)
         return parts
 
     def _column(self, values: list[Any], name: str) -> torch.Tensor | list[str | None]:
@@ -227,14 +239,21 @@ class BatchReader:
         return torch.empty(shape, dtype=tensor.dtype, pin_memory=True) if self._options.pin_memory else tensor
 
 
-def _with_layers(group: EmbeddingGroup | None, layers: Sequence[int]) -> EmbeddingGroup:
-    """A group of which only these layers are read.
+class _Embeddings(NamedTuple):
+    """Of a sample: its tokens by each text encoder, and its vectors by the part of the batch."""
+
+    tokens: list[np.ndarray]
+    vectors: dict[str, np.ndarray]
+
+
+def _with_layers(group: EmbeddingGroup, layers: Sequence[int] | None) -> EmbeddingGroup:
+    """A group of which only these layers are read; None reads all.
 
     Raises:
         ValueError: it lacks one.
     """
-    if group is None:
-        raise ValueError(f"text_layers are {list(layers)}, but no text is loaded; name its encoder as text")
+    if layers is None:
+        return group
     group.layer_places(layers)
     return replace(group, layers=tuple(layers))
 

@@ -38,7 +38,7 @@ class CaptionChoice:
         weights = wanted_weights(store.caption_sets, options.caption_sets)
         first = next(iter(store.caption_sets))
         self._weights = {None if name == first else name: weight for name, weight in weights.items() if weight}
-        self._encoders = [encoder for encoder in (options.text, options.text_embed) if encoder is not None]
+        self._encoders = options.text_encoders
         self.has_sets = self._weights.keys() != {None}
         for name in filter(None, self._weights):
             for encoder in self._encoders:

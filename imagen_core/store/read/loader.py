@@ -77,8 +77,9 @@ class Loader:
             the shape of the batch's bucket; with a crop, that of the crop.
         text: (B, L, dim), or (B, L, layers, dim) where layers are stored apart, in the store's dtype (float16 for
             int8), zero padded, L = the longest of this batch after truncation to max_tokens (which also removes the
-            end-of-sentence token of truncated captions); only if text was requested.
-        text_mask: bool (B, L), true on real tokens; comes with text.
+            end-of-sentence token of truncated captions); only if text was requested. With a list of encoders
+            {encoder: such a tensor}, each with an L of its own.
+        text_mask: bool (B, L), true on real tokens; comes with text, likewise by encoder.
         text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if requested.
         image_embed: (B, dim), embeddings of the images in the store's dtype; only if requested.
         captions: list[str], the caption taken from each sample; only if requested.

@@ -122,18 +122,22 @@ class MixtureLoader:
         weights: Mapping[str, float],
         options: LoaderOptions,
         samples: Mapping[str, range],
+        caption_sets: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         """Made by `Mixture.loader`.
 
         Args:
             samples: indices to load of each store, as `LoaderOptions.samples`; all of those that are not named.
+            caption_sets: weights of each store, instead of `LoaderOptions.caption_sets` for those that are named.
         Raises:
             ValueError: a size or encoder that a store lacks, no samples in a store, or a number out of range.
         """
         self._stores, self._options = dict(sorted(stores.items())), replace(options, drop_last=False)
         self._samples, self._weights = samples, {name: weights[name] for name in self._stores}
+        sets = caption_sets or {}
+        self._caption_sets = {name: sets.get(name, options.caption_sets) for name in self._stores}
         self._loaders = {name: self._loader(name, self._seed(name)) for name in self._stores}
-        self._reader = BatchReader(list(self._stores.values()), options)
+        self._reader = BatchReader(list(self._stores.values()), options, list(self._caption_sets.values()))
         self._quota = Quota(list(self._weights.values()))
         self._position = self._turns = 0
         """Samples of all stores that were gone through; batches since the weights are these."""
@@ -148,7 +152,8 @@ class MixtureLoader:
                 raise ValueError(f"store {name}: has no samples to read")
 
     def _loader(self, name: str, seed: int) -> Loader:
-        options = replace(self._options, seed=seed, samples=self._samples.get(name))
+        sets = self._caption_sets[name]
+        options = replace(self._options, seed=seed, samples=self._samples.get(name), caption_sets=sets)
         try:
             return Loader(self._stores[name], options)
         except ValueError as error:

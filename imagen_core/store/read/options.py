@@ -21,9 +21,9 @@ class LoaderOptions:
     Attributes:
         batch_size: samples per batch on this rank.
         images: sizes to load, in pixels; None loads no images.
-        text: encoder to load; None loads no embeddings of captions.
+        text: encoder to load, or a list of encoders; None loads no embeddings of captions.
         text_layers: numbers of the layers to load of an encoder whose layers are stored apart, in this order; None
-            loads all. Of the others no byte is read.
+            loads all. Of the others no byte is read. With a list of encoders they are by encoder.
         text_embed: text encoder of one vector per caption to load, of the same caption as `text`; None loads none.
         image_embed: image encoder to load; None loads no embeddings of images.
         captions: load the caption that `text` is, or would be, of.
@@ -46,12 +46,12 @@ class LoaderOptions:
             stores that are far away or larger than memory. None shuffles all samples with each other.
         pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or options do not fit together.
     """
 
     batch_size: int
     images: Sequence[int] | None = None
-    text: str | None = None
+    text: str | Sequence[str] | None = None
     text_embed: str | None = None
     image_embed: str | None = None
     captions: bool = False
@@ -70,7 +70,7 @@ class LoaderOptions:
     arrays: Sequence[str] | None = None
     columns: Sequence[str] | None = None
     where: str | None = None
-    text_layers: Sequence[int] | None = None
+    text_layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     caption_sets: Mapping[str, float] | None = None
 
     @property
@@ -78,7 +78,23 @@ class LoaderOptions:
         """Whether a caption is taken of each sample, or its embedding."""
         return self.captions or self.text is not None or self.text_embed is not None
 
+    @property
+    def texts(self) -> dict[str, Sequence[int] | None]:
+        """The encoders of `text` in their order, each with the layers to load; None: all, or it has none."""
+        return layers_by_encoder(self.text, self.text_layers)
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """All text encoders that are read, each once."""
+        return [*dict.fromkeys([*self.texts, *([] if self.text_embed is None else [self.text_embed])])]
+
     def __post_init__(self) -> None:
+        layers_by_encoder(self.text, self.text_layers)
+        if self.caption_sets is not None and not self.reads_captions:
+            raise ValueError(
+                f"caption_sets are {dict(self.caption_sets)}, but no caption is loaded; load captions, text or "
+                "text_embed, or leave caption_sets out"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more (got {self.batch_size})")
         if not 0 <= self.rank < self.world_size:
@@ -91,6 +107,34 @@ class LoaderOptions:
                 f"shuffle_window_shards must be 1 or more, and goes with shuffle (got {window}, "
                 f"shuffle={self.shuffle})"
             )
+
+
+def layers_by_encoder(
+    text: str | Sequence[str] | None, layers: Sequence[int] | Mapping[str, Sequence[int]] | None
+) -> dict[str, Sequence[int] | None]:
+    """Encoders of tokens in their order, each with the numbers of the layers that are read of it; None means all.
+
+    Raises:
+        ValueError: no encoder, or one twice; layers of none, of one that is not read, or not by encoder.
+    """
+    if text is None:
+        if layers is not None:
+            raise ValueError(f"text_layers are {list(layers)}, but no text is loaded; name its encoder as text")
+        return {}
+    names = [text] if isinstance(text, str) else list(text)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"text is {names}; name one encoder or several, each once")
+    if layers is None or isinstance(layers, Mapping):
+        each = layers or {}
+        if unknown := [name for name in each if name not in names]:
+            raise ValueError(f"text_layers name the encoder {unknown[0]!r}, but text is {names}; name those of text")
+        return {name: each.get(name) for name in names}
+    if not isinstance(text, str):
+        raise ValueError(
+            f"text_layers are {list(layers)}, but text is {names}; give them by encoder, such as "
+            f"{{{names[0]}: {list(layers)}}}"
+        )
+    return {text: layers}
 
 
 def takes_options_of(

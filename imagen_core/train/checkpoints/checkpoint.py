@@ -5,13 +5,16 @@
 
 Tensors are unsharded and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
 other. state.json has each file's SHA-256, and ends with its own; checkpoints of earlier versions lack the latter.
+Where an adapter is trained, the tensors are the adapter's alone, and state.json names the base.
 """
 
+import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,19 @@ from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, P
 from imagen_core.files import file_digest, fsync_path, make_folder, share
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.store import comparable_records, record_probe_differences
+from imagen_core.text_batch import each_encoder
 from imagen_core.train.checkpoints.record import StateRecord, wrong_fields
 from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
+from imagen_core.train.lora.adapter import (
+    adapter_layers,
+    add_adapter,
+    load_adapter,
+    merge_adapter,
+    saved_parameters,
+)
+from imagen_core.train.lora.config import LoraUseConfig
+from imagen_core.train.lora.resume import refuse_other_adapter
 
 _FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
@@ -43,23 +56,26 @@ class LoadedDenoiser:
     """A trained stage, ready to sample.
 
     Attributes:
-        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; None without captions.
+        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; a list of these, if it reads the
+            tokens of several encoders; None without captions.
         embed_encoders: the same for `text_embed` and `image_embed`, where the model reads them.
         weights: which weights these are: model, or ema-RATE.
-        sha256: of their file.
+        sha256: of their file; with an adapter, of the base's and its own.
         max_tokens: captions were truncated to it in training.
         shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
             not known (checkpoints of earlier versions, imports) or it is a prior.
+        place: the checkpoint's folder, or the file; a path or a URL.
     """
 
     denoiser: Denoiser
-    encoder: dict[str, Any] | None
+    encoder: dict[str, Any] | list[dict[str, Any]] | None
     embed_encoders: dict[str, dict[str, Any]]
     step: int
     weights: str
     sha256: str
     max_tokens: int
     shapes: tuple[tuple[int, int], ...] = ()
+    place: str = ""
 
     @property
     def stage(self) -> DenoiserConfig:
@@ -196,16 +212,36 @@ def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, T
         raise CheckpointError(f"{file}: is not safetensors ({error}); {_remedy(path)}") from error
 
 
-def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
+LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
+"""(place of a checkpoint, which of its weights) -> the model."""
+
+
+def load_local(place: str, weights: str | None) -> LoadedDenoiser:
+    """`load_checkpoint` of a path."""
+    return load_checkpoint(Path(place), weights)
+
+
+def load_checkpoint(
+    path: Path,
+    weights: str | None = None,
+    lora: LoraUseConfig | None = None,
+    load_base: LoadCheckpoint = load_local,
+) -> LoadedDenoiser:
     """A trained stage.
 
     Args:
         path: a checkpoint, a training's run folder (its newest checkpoint is loaded), or a file of `write_model`.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
+        lora: how the adapter is added to its base, where the checkpoint is one of an adapter; None: merged.
+        load_base: reads that base; the default reads local paths only.
     Raises:
-        CheckpointError: there is none, it is damaged, or has no such weights.
+        CheckpointError: there is none, it is damaged, or has no such weights; or `lora` is given for a model without
+            an adapter.
+        TrainError: peft is needed, and not installed.
     """
     if path.is_file():
+        if lora is not None:
+            raise CheckpointError(f"{path}: has no adapter; leave lora out")
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
@@ -220,11 +256,57 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     chosen = weights or (averages[-1] if averages else "model")
     if chosen not in names:
         raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
-    denoiser = _built(path / STATE, state["denoiser"], read_tensors(path, state, chosen))
+    tensors, adapter = read_tensors(path, state, chosen), state.get("lora")
     sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
+    if adapter is None:
+        if lora is not None:
+            raise CheckpointError(f"{path}: has no adapter; leave lora out")
+        denoiser = _built(path / STATE, state["denoiser"], tensors)
+    else:
+        base = _load_base(path, adapter["base"], lora, load_base)
+        denoiser = _with_adapter(path, base.denoiser, tensors, adapter, lora or LoraUseConfig())
+        sha256 = hashlib.sha256(f"{base.sha256} {sha256}".encode()).hexdigest()
     encoders = state["encoder"], state.get("embed_encoders", {})
     shapes = _shapes(state.get("shapes"))
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes)
+    place = os.path.abspath(path)
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place)
+
+
+def _load_base(
+    path: Path, record: Mapping[str, Any], lora: LoraUseConfig | None, load: LoadCheckpoint
+) -> LoadedDenoiser:
+    """The model that the adapter in `path` was trained on.
+
+    Raises:
+        CheckpointError: it is not where it was, or another model is there.
+    """
+    place = record["path"] if lora is None or lora.base is None else lora.base
+    remedy = f"give the place of the model of sha256 {record['sha256']} as lora.base"
+    try:
+        base = load(place, record["weights"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: the base of its adapter cannot be loaded: {error}; {remedy}") from error
+    if base.sha256 != record["sha256"]:
+        raise CheckpointError(
+            f"{path}: its adapter was trained on step {record['step']} of {record['path']}; {base.place} is another "
+            f"model, of sha256 {base.sha256}; {remedy}"
+        )
+    return base
+
+
+def _with_adapter(
+    path: Path, denoiser: Denoiser, tensors: Mapping[str, Tensor], record: Mapping[str, Any], use: LoraUseConfig
+) -> Denoiser:
+    """The base with the adapter of these tensors, for sampling."""
+    layers = adapter_layers(tensors)
+    if unknown := sorted({*layers} - {name for name, _ in denoiser.named_modules()}):
+        raise CheckpointError(f"{path}: its adapter has a layer {unknown[0]}, which its base has not; {_remedy(path)}")
+    add_adapter(denoiser, layers, rank=record["rank"], alpha=record["alpha"])
+    check_names(path, saved_parameters(denoiser), tensors)
+    load_adapter(denoiser, tensors, scale=use.scale)
+    if use.merge:
+        merge_adapter(denoiser)
+    return denoiser.eval().requires_grad_(False)
 
 
 def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
@@ -235,7 +317,7 @@ def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
         )
     denoiser = _built(path, metadata.pop("denoiser"), load_file(path))
     shapes = _shapes(metadata.pop("shapes", None))
-    return LoadedDenoiser(denoiser, **metadata, sha256=sha256, shapes=shapes)
+    return LoadedDenoiser(denoiser, **metadata, sha256=sha256, shapes=shapes, place=os.path.abspath(path))
 
 
 def _shapes(recorded: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int], ...]:
@@ -260,10 +342,11 @@ def refuse_other(
     path: Path,
     *,
     denoiser: dict[str, Any],
-    encoder: dict[str, Any] | None,
+    encoder: dict[str, Any] | list[dict[str, Any]] | None,
     embed_encoders: dict[str, dict[str, Any]],
+    lora: dict[str, Any] | None = None,
 ) -> None:
-    """Refuses to resume from a checkpoint of another model or other embeddings.
+    """Refuses to resume from a checkpoint of another model, adapter or base, or other embeddings.
 
     Settings of the model that did not exist when the checkpoint was written count as their defaults; of encoders, what
     was not recorded then is not compared.
@@ -279,8 +362,9 @@ def refuse_other(
     compared: list[tuple[str, Any, Any, str]] = [
         ("denoiser", saved, denoiser, "train it in another --out, or restore the model's settings")
     ]
+    refuse_other_adapter(path, state.get("lora"), lora)
     embeds = state.get("embed_encoders", {})
-    encoders = [(state["encoder"], encoder)]
+    encoders = [*zip_longest(each_encoder(state["encoder"]), each_encoder(encoder))] or [(None, None)]
     encoders += [(embeds.get(name), embed_encoders.get(name)) for name in sorted({*embeds, *embed_encoders})]
     compared += [("encoder", *comparable_records(*pair), same_store) for pair in encoders]
     for what, theirs, mine, remedy in compared:

@@ -1,18 +1,15 @@
 """The weights of another training that a new one starts with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.checkpoints.checkpoint import LoadedDenoiser
+from imagen_core.train.checkpoints.checkpoint import LoadCheckpoint
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import CheckpointError, TrainError
 from imagen_core.train.parallel.world import like, local
-
-LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
-"""(place of a checkpoint, which of its weights) -> the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +21,8 @@ class Start:
         loaded: number of the model's tensors that were.
         left_random: names of the model's tensors that the checkpoint does not have, or has in another shape.
         not_used: names of the checkpoint's tensors that the model does not have.
+        checkpoint: its own folder or file, where `source` may be a run folder.
+        sha256: of these weights.
     """
 
     source: str
@@ -32,6 +31,8 @@ class Start:
     loaded: int
     left_random: tuple[str, ...]
     not_used: tuple[str, ...]
+    checkpoint: str
+    sha256: str
 
 
 @torch.no_grad()
@@ -62,7 +63,9 @@ def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint)
         )
     for name in sorted(fits):
         local(parameters[name]).copy_(local(like(source[name], parameters[name])))
-    return Start(settings.path, loaded.step, loaded.weights, len(fits), tuple(left), tuple(unused))
+    return Start(
+        settings.path, loaded.step, loaded.weights, len(fits), tuple(left), tuple(unused), loaded.place, loaded.sha256
+    )
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from imagen_core.store.read.mixture_loader import check_state
 
@@ -30,6 +30,13 @@ class _EncoderRecord(_Record):
     fingerprint: dict[str, Any]
 
 
+_ONE, _SEVERAL = "one", "several"
+_EncoderRecords = Annotated[
+    Annotated[_EncoderRecord, Tag(_ONE)] | Annotated[list[_EncoderRecord], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list) else _ONE),
+]
+
+
 class _LossScaleRecord(_Record):
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     good_steps: _Count
@@ -39,10 +46,26 @@ class _SettingsRecord(_Record):
     max_tokens: Annotated[int, Field(ge=1)]
 
 
+class _BaseRecord(_Record):
+    path: str
+    step: _Count
+    weights: str
+    sha256: str
+
+
+class LoraRecord(_Record):
+    """What a checkpoint of an adapter says of it: `alpha` is a number, also where the configuration has null."""
+
+    rank: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    targets: list[str] | None
+    base: _BaseRecord
+
+
 class _ModelRecord(_Record):
     step: _Count
     denoiser: dict[str, Any]
-    encoder: _EncoderRecord | None
+    encoder: _EncoderRecords | None
     shapes: _Shapes = []
 
 
@@ -56,6 +79,7 @@ class StateRecord(_ModelRecord):
     config: _SettingsRecord
     embed_encoders: dict[str, _EncoderRecord] = {}
     loss_scale: _LossScaleRecord | None = None
+    lora: LoraRecord | None = None
 
 
 class ExportRecord(_ModelRecord):
@@ -76,7 +100,7 @@ def wrong_fields(record: type[_Record], value: object) -> list[str]:
 
 
 def _described(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    field = ".".join(map(str, location)) or "its content"
+    field = ".".join(str(part) for part in location if part not in (_ONE, _SEVERAL)) or "its content"
     if kind == "missing":
         return f"{field}: is missing"
     wrong = message.removeprefix("Value error, ")

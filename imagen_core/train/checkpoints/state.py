@@ -1,6 +1,6 @@
 """What training changes: weights, their averages, the optimizer, and the number of steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, write_checkpoint
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.ema import WeightAverages
+from imagen_core.train.lora.adapter import saved_parameters
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, unsharded
 
@@ -41,7 +42,7 @@ class TrainState:
         Args:
             check: see `write_checkpoint`.
         """
-        files: dict[str, dict[str, Tensor]] = {"model": self._gather(dict(self.model.named_parameters()), writes)}
+        files: dict[str, dict[str, Tensor]] = {"model": self._gather(saved_parameters(self.model), writes)}
         for rate, average in self.averages.averages.items():
             files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
         files["optimizer"] = self._gather(self._moments(), writes)
@@ -63,7 +64,7 @@ class TrainState:
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        parameters = dict(self.model.named_parameters())
+        parameters = saved_parameters(self.model)
         weights = read_tensors(path, saved, "model")
         check_names(path, parameters, weights)
         for name, values in weights.items():
@@ -91,7 +92,7 @@ class TrainState:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters the optimizer has."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in saved_parameters(self.model).items() if p.requires_grad]
 
     def _moments(self) -> dict[str, Tensor]:
         moments: dict[str, Tensor] = {}
@@ -107,7 +108,7 @@ class TrainState:
         """This process's parts of an average as sharded tensors, if the parameters are sharded."""
         from torch.distributed.tensor import DTensor
 
-        parameters = dict(self.model.named_parameters())
+        parameters = saved_parameters(self.model)
         laid_out: dict[str, Tensor] = {}
         for name, values in average.items():
             parameter = parameters[name]
@@ -126,7 +127,7 @@ class TrainState:
         return laid_out
 
     @staticmethod
-    def _gather(tensors: dict[str, Tensor], writes: bool) -> dict[str, Tensor]:
+    def _gather(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
         gathered: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             values = unsharded(tensor).detach()

@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_core.store import Store
+import torch
+from torch import Tensor
+
+from imagen_core.diffusion import DenoiserConfig
+from imagen_core.store import Store, StoreError
 from imagen_core.train.config import TrainConfig
-from imagen_core.train.data.online import OnlineEncoder
+from imagen_core.train.data.online import Encode, OnlineEncoder
+from imagen_core.train.errors import TrainError
 
 
 def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
-    """`encoder` of captions' tokens, None if the model reads none; `embed_encoders` of vectors, by setting.
+    """`encoder` of captions' tokens, None if the model reads none, a list where it reads several encoders;
+    `embed_encoders` of vectors, by setting.
 
     Stores that are mixed are of the same encoders, so the first one stands for all.
     """
@@ -20,9 +26,32 @@ def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: On
     if config.image_embed is not None:
         embeds["image_embed"] = store.encoder_record(store.manifest.image_embeds[config.image_embed])
     if online is not None:
-        tokens = dict(online.record)
+        tokens = [dict(online.record)]
     else:
-        tokens = None
-        if config.text is not None:
-            tokens = store.encoder_record(store.manifest.texts[config.text], config.text_layers)
-    return {"encoder": tokens, "embed_encoders": embeds}
+        tokens = [store.encoder_record(store.text_group(name), layers) for name, layers in config.texts.items()]
+    several = isinstance(config.text, tuple)
+    return {"encoder": tokens if several else next(iter(tokens), None), "embed_encoders": embeds}
+
+
+def null_text(stores: Mapping[str, Store], config: TrainConfig, encode: Encode | None) -> Tensor | None:
+    """The encoding of "" that takes the place of a dropped caption, float32 (l, text_dim) or (l, layers, text_dim);
+    None for a model that needs none.
+
+    Raises:
+        TrainError: the store does not have it.
+    """
+    settings = config.denoiser
+    if not isinstance(settings, DenoiserConfig) or not settings.unet.needs_empty_caption:
+        return None
+    if encode is not None:
+        (found,) = encode([""])
+    else:
+        ((group, layers),) = config.texts.items()
+        store = next(iter(stores.values()))
+        try:
+            found = store.null(group, layers)
+        except StoreError as error:
+            raise TrainError(
+                f"denoiser.unet.dropped_caption=empty_caption: {error}; encode the captions again with this version"
+            ) from error
+    return torch.from_numpy(found[: config.max_tokens].astype("float32"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from imagen_core.diffusion import Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.images import in_range
 from imagen_core.models import UNetConfig
-from imagen_core.models.conditioning.base import Conditioning, unit_variance
+from imagen_core.models.conditioning.base import Conditioning, Tokens, unit_variance
 from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.train.augment import blur, grayscale
@@ -58,10 +58,11 @@ def make_example(
     device: torch.device,
     step: int,
     noise_levels: NoiseLevelSampler | None = None,
+    null_text: Tensor | None = None,
 ) -> Example:
     """Images or embeddings of a batch with their noise, noise levels, blur and dropped conditions.
 
-    Noise levels are uniform in the schedule's time without `noise_levels`.
+    Noise levels are uniform in the schedule's time without `noise_levels`; `null_text` is that of the context.
 
     An empty batch becomes one row of zeros, so that this process takes part in collectives; its loss has weight 0.
     """
@@ -71,7 +72,7 @@ def make_example(
     low_res = images is not None and images.low_res_px is not None
     numbers = sample_numbers(config.seed, batch.counters or range(1), shape, low_res=low_res, device=device)
 
-    conditioning = _conditions(batch, config, device, dtype)
+    conditioning = _conditions(batch, config, device, dtype, null_text)
     if isinstance(settings, PriorConfig):
         assert conditioning.image_embed is not None
         x0 = settings.to_length(conditioning.image_embed)
@@ -111,10 +112,19 @@ def all_conditions(
     def moved(name: str) -> Tensor | None:
         return _one_row(raw[name]).to(device, non_blocking=True) if name in raw else None
 
-    text, text_embed, image_embed = moved("text"), moved("text_embed"), moved("image_embed")
+    def moved_tokens(name: str, dtype: torch.dtype | None = None) -> Tokens | None:
+        def move(tensor: Tensor) -> Tensor:
+            return _one_row(tensor).to(device, non_blocking=True).to(dtype or tensor.dtype)
+
+        tokens = raw.get(name)
+        if isinstance(tokens, Mapping):
+            return tuple(map(move, tokens.values()))
+        return None if tokens is None else move(tokens)
+
+    text_embed, image_embed = moved("text_embed"), moved("image_embed")
     return Conditioning(
-        text=None if text is None else text.to(dtype),
-        text_mask=moved("text_mask"),
+        text=moved_tokens("text", dtype),
+        text_mask=moved_tokens("text_mask"),
         text_embed=None if text_embed is None else unit_variance(text_embed.to(dtype)),
         image_embed=None if image_embed is None else unit_variance(image_embed.to(dtype)),
         labels=moved("labels"),
@@ -132,13 +142,17 @@ def _check_labels(raw: Mapping[str, Any], num_classes: int | None) -> None:
     )
 
 
-def _conditions(batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Conditioning:
+def _conditions(
+    batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype, null_text: Tensor | None
+) -> Conditioning:
     """The conditions of each image, some of them dropped."""
     conditioning = all_conditions(batch.raw, config.denoiser.network, device, dtype)
-    if config.compute.compile:
-        conditioning = _bucket_lengths(conditioning, config)
+    if null_text is not None:
+        conditioning = conditioning.with_null_text(null_text)
     counters = batch.counters or range(1)
-    return drop_conditions(conditioning, counters, config.conditioning_dropout, config.seed, device)
+    conditioning = drop_conditions(conditioning, counters, config.conditioning_dropout, config.seed, device)
+    conditioning = replace(conditioning, null_text=None, null_text_mask=None)
+    return _bucket_lengths(conditioning, config) if config.compute.compile else conditioning
 
 
 def _with_low_res(
@@ -173,11 +187,13 @@ def _with_low_res(
 
 def _bucket_lengths(conditioning: Conditioning, config: TrainConfig) -> Conditioning:
     """Captions and transcriptions padded so that a network is compiled for four lengths of each only."""
-    text, mask, characters = conditioning.text, conditioning.text_mask, conditioning.characters
-    if text is not None and mask is not None:
-        more = bucket_length(text.shape[1], config.max_tokens) - text.shape[1]
-        padding = (0, 0) * (text.ndim - 2) + (0, more)
-        conditioning = replace(conditioning, text=F.pad(text, padding), text_mask=F.pad(mask, (0, more)))
+
+    def padded(text_or_mask: Tensor) -> Tensor:
+        length = text_or_mask.shape[1]
+        more = bucket_length(length, config.max_tokens) - length
+        return F.pad(text_or_mask, (0, 0) * (text_or_mask.ndim - 2) + (0, more))
+
+    conditioning, characters = conditioning.map_text(padded), conditioning.characters
     if characters is not None and config.transcription is not None:
         more = bucket_length(characters.shape[1], config.transcription.max_characters) - characters.shape[1]
         conditioning = replace(conditioning, characters=F.pad(characters, (0, more)))

@@ -31,6 +31,11 @@ class OnlineEncoder:
     def check(self, config: TrainConfig) -> None:
         """Raises TrainError if the model does not read the captions of this encoder."""
         name, dim, network = self.record["name"], self.record["dim"], config.denoiser.network
+        if isinstance(config.text, tuple):
+            raise TrainError(
+                f"online_encoder: encodes the captions for one encoder, but text is {list(config.text)}; read several "
+                "from the store, and leave online_encoder out"
+            )
         if name != config.text:
             raise TrainError(
                 f"text is {config.text!r}, but the online encoder is named {name!r}; give both the same name"
@@ -54,7 +59,7 @@ def with_text(raw: Mapping[str, Any], encode: Encode | None, config: TrainConfig
     captions: list[str] = raw["captions"]
     embeddings = [embedding[: config.max_tokens] for embedding in (encode(captions) if captions else ())]
     lengths = [len(embedding) for embedding in embeddings]
-    shape = config.denoiser.network.text_shape or (0,)
+    (shape,) = config.denoiser.network.text_shapes or ((0,),)
     text = torch.zeros(len(captions), max(lengths, default=0), *shape)
     for row, embedding in zip(text, embeddings, strict=True):  # (l, dim) or (l, layers, dim)
         row[: len(embedding)] = torch.from_numpy(embedding)

@@ -10,7 +10,6 @@ import numpy as np
 from imagen_core.conditions import ConditionError
 from imagen_core.diffusion import DenoiserConfig, PriorConfig
 from imagen_core.far import StorageError
-from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store import (
     MANIFEST_NAME,
     REMOVED,
@@ -23,17 +22,16 @@ from imagen_core.store import (
 )
 from imagen_core.store.buckets import Shape, ratios_of, scaled, shapes_difference
 from imagen_core.store.errors import ADVICE
-from imagen_core.store.read.caption_choice import CaptionChoice
 from imagen_core.store.read.loader import Loader
 from imagen_core.store.read.mixture_loader import MixtureLoader
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.config import TrainConfig
+from imagen_core.train.data.store_encoders import SHARDS_TO_CHECK, check_encoders
 from imagen_core.train.errors import StoreLostError, TrainError
 from imagen_core.train.parallel.world import World
 
 log = logging.getLogger(__name__)
-_SHARDS_TO_CHECK = 16  # for annotations
 MAX_OPEN_SHARDS = 64
 """Shards that a training keeps open, of all its stores together."""
 
@@ -66,22 +64,7 @@ def open_store(
                 "views.resized_crop.from_px"
             )
     _check_shapes(store, config)
-    network = config.denoiser.network
-    if isinstance(network, PriorNetworkConfig):
-        image_dim, where, embed_option = network.dim, "denoiser.network", "denoiser.network.dim"
-        text_embed_dim, text_embed_option = network.dim, embed_option
-    else:
-        image_dim, where = network.image_embed_dim, "denoiser.unet"
-        embed_option = f"{where}.image_embed_dim"
-        text_embed_dim, text_embed_option = network.text_embed_dim, f"{where}.text_embed_dim"
-    text = None if online else config.text
-    _check_encoder("text", text, store.manifest.texts, network.text_dim, f"{where}.text_dim")
-    if text is not None:
-        _check_layers(store.text_group(text), config, f"{where}.num_text_layers")
-    _check_caption_sets(store, config, online=online)
-    _check_one_vector(store, config.text_embed)
-    _check_encoder("text_embed", config.text_embed, store.manifest.texts, text_embed_dim, text_embed_option)
-    _check_encoder("image_embed", config.image_embed, store.manifest.image_embeds, image_dim, embed_option)
+    check_encoders(store, config, online=online)
     if config.transcription is not None:
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
@@ -181,7 +164,8 @@ def make_loader(
     if config.store is not None:
         ((name, store),) = stores.items()
         return Loader(store, replace(options, samples=samples[name]))
-    return MixtureLoader(stores, config.weights, options, samples)
+    captions = {name: one.captions for name, one in config.by_store().items() if one.captions is not None}
+    return MixtureLoader(stores, config.weights, options, samples, captions)
 
 
 def validation_samples(store: Store, config: TrainConfig) -> range:
@@ -189,66 +173,9 @@ def validation_samples(store: Store, config: TrainConfig) -> range:
     return range(len(store) - config.validation.num_samples, len(store))
 
 
-def _check_encoder(
-    field: str, encoder: str | None, groups: Mapping[str, EmbeddingGroup], dim: int | None, option: str
-) -> None:
-    """Refuses an encoder that the store lacks, or whose embeddings have another width than `option`."""
-    if encoder is None:
-        return
-    if encoder not in groups:
-        kind = "image encoder" if field == "image_embed" else "encoder"
-        raise TrainError(f"{field}: the store has no {kind} {encoder!r} ({kind}s: {sorted(groups)})")
-    if groups[encoder].dim != dim:
-        raise TrainError(
-            f"{option} is {dim}, but the embeddings of {encoder!r} in the store are {groups[encoder].dim} wide; set "
-            f"{option}={groups[encoder].dim}"
-        )
-
-
-def _check_layers(group: EmbeddingGroup, config: TrainConfig, option: str) -> None:
-    """Refuses layers that the store lacks, or another number of them than the model reads."""
-    if config.text_layers is not None:
-        try:
-            group.layer_places(config.text_layers)
-        except ValueError as error:
-            raise TrainError(f"text_layers: {error}") from error
-    wanted, found = config.denoiser.network.num_text_layers, len(config.text_layers or group.layers) or None
-    if wanted != found:
-        has = f"has the layers {list(group.layers)} apart" if group.layers else "has no layers apart"
-        remedy = f"set {option}={'null' if found is None else found}"
-        if group.layers and wanted is not None:
-            remedy += ", or text_layers to as many of them"
-        raise TrainError(
-            f"{option} is {wanted or 'null'}, but the store {config.store} {has} of {group.encoder!r}; {remedy}"
-        )
-
-
-def _check_caption_sets(store: Store, config: TrainConfig, *, online: bool) -> None:
-    """Refuses sets of captions that the store lacks, or that were not encoded."""
-    encoders = (None if online else config.text, config.text_embed)
-    text, text_embed = (encoder if encoder in store.encoders else None for encoder in encoders)  # or refused by name
-    try:
-        CaptionChoice(store, LoaderOptions(1, text=text, text_embed=text_embed, caption_sets=config.captions))
-    except ValueError as error:
-        raise TrainError(f"captions: store {config.store}: {error}") from error
-
-
-def _check_one_vector(store: Store, encoder: str | None) -> None:
-    """Refuses an encoder of tokens as `text_embed`, by the first shards."""
-    if encoder is None or encoder not in store.manifest.texts:
-        return  # refused by name
-    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
-        most = max(store.shard(shard).text[encoder].num_tokens, default=1)
-        if most != 1:
-            raise TrainError(
-                f"text_embed: {encoder!r} has {most} vectors per caption; name an encoder of one, such as "
-                f"kind=clip with output=projected (encoders in the store: {sorted(store.manifest.texts)})"
-            )
-
-
 def _check_annotation(field: str, store: Store, config: TrainConfig, option: str) -> None:
     """Refuses a store without what the model reads because of `option`, by its first shards."""
-    for shard in range(min(_SHARDS_TO_CHECK, store.manifest.num_shards)):
+    for shard in range(min(SHARDS_TO_CHECK, store.manifest.num_shards)):
         if any(value is not None for value in store.shard(shard).samples.column(field)):
             return
     raise TrainError(
@@ -395,7 +322,7 @@ def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str |
         if before.images[size].config != after.images[size].config:
             return f"images-{size} are resized in another way"
     for names, old, new in (
-        ((config.text, config.text_embed), before.texts, after.texts),
+        ((*config.texts, config.text_embed), before.texts, after.texts),
         ((config.image_embed,), before.image_embeds, after.image_embeds),
     ):
         for name in names:

@@ -17,7 +17,8 @@ tags: [diffusion, cascade]
 # {title}
 
 A cascade of pixel diffusion models, exported from imagen-precompute. It needs torch, diffusers and transformers; the
-code is in `pipeline.py` and `network.py`, which `trust_remote_code=True` runs, so read them first.
+code is in `pipeline.py`, `cascade_sampling.py` and `network.py`, which `trust_remote_code=True` runs, so read them
+first.
 
 The licence above is to be filled in by whoever publishes the model.
 
@@ -27,9 +28,9 @@ The licence above is to be filled in by whoever publishes the model.
 """
 _USAGE = """\
 from diffusers import DiffusionPipeline
-
+{imports}
 pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
-{image}images = pipe({call}, seed=0).images
+images = pipe({call}).images
 images[0].save("image.png")"""
 _FILES = """
 - `stage_N/diffusion_pytorch_model.safetensors` has the weights under their names in training; `config.json` the
@@ -46,7 +47,6 @@ _FILES = """
 
 def model_card(stages: Sequence[CascadeStage], checkpoints: Sequence[LoadedDenoiser], encoder: ExportedEncoder) -> str:
     """The text of README.md."""
-    last, reads = stages[-1], stages[0].conditions
     rows = ["| stage | images | parameters | weights | sampler | guidance |", "|---|---|---|---|---|---|"]
     for number, (stage, checkpoint) in enumerate(zip(stages, checkpoints, strict=True), 1):
         count = sum(parameter.numel() for parameter in stage.denoiser.parameters())
@@ -62,13 +62,22 @@ def model_card(stages: Sequence[CascadeStage], checkpoints: Sequence[LoadedDenoi
             f"| {number} | {images} | {count:,} | {checkpoint.weights} of step {checkpoint.step:,} | "
             f"{getattr(settings.sampler, 'kind', '')}, {settings.num_steps} steps | {weights} |"
         )
-    call = (
-        '["a red fox in the snow"]'
-        if encoder.components or "encoder_model" in encoder.settings
-        else "prompt_embeds=EMBEDDINGS"
-    )
-    call = call if "text" in reads or any("text" in stage.conditions for stage in stages) else "labels=[0]"
-    image = 'from PIL import Image\n\nsmall = Image.open("small.png")\n' if "low_res" in reads else ""
-    usage = _USAGE.format(image=image, call=f"{call}, image=[small]" if image else call)
-    title = f"Images of {last.size_px} px"
+    usage = _usage(stages, encoder)
+    title = f"Images of {stages[-1].size_px} px"
     return _HEAD.format(title=title, usage=usage) + "\n" + "\n".join(rows) + f"\n\n{encoder.remark}\n" + _FILES
+
+
+def _usage(stages: Sequence[CascadeStage], encoder: ExportedEncoder) -> str:
+    """The example of the card."""
+    reads = {condition for stage in stages for condition in stage.conditions}
+    arguments: list[str] = []
+    if "text" in reads:
+        encodes = bool(encoder.components) or "encoder_model" in encoder.settings
+        arguments.append('["a red fox in the snow"]' if encodes else "prompt_embeds=EMBEDDINGS")
+    if "labels" in reads:
+        arguments.append("labels=[0]")
+    imports = ""
+    if "low_res" in stages[0].conditions:
+        imports = "from PIL import Image\n"
+        arguments.append('image=[Image.open("small.png")]')
+    return _USAGE.format(imports=imports, call=", ".join([*arguments, "seed=0"]))

@@ -23,6 +23,7 @@ from imagen_core.conversion.deepfloyd import (
 )
 from imagen_core.conversion.deepfloyd_unet import CLASS, diffusers_weights, unet_settings
 from imagen_core.files import share
+from imagen_core.text_batch import each_encoder
 from imagen_core.train import LoadedDenoiser
 from pipeline.errors import ConfigError
 from pipeline.storage.files import write_json, write_text
@@ -59,7 +60,7 @@ def write_deepfloyd(
         ConfigError: `encoder_model` is no folder, or another encoder.
         MachineError: the text encoder cannot be found.
     """
-    encoder = loaded.cascade.encoder
+    encoder = next(iter(each_encoder(loaded.cascade.encoder)), None)
     for index, (stage, checkpoint) in enumerate(zip(loaded.cascade.stages, loaded.checkpoints, strict=True)):
         below, is_upsampler = folder / _name(stage), stage.is_super_resolution
         scheduler = _scheduler(stage)
@@ -182,7 +183,7 @@ images = {variable}(
 
 def _card(loaded: LoadedCascade, dtype: Dtype, *, includes_encoder: bool) -> str:
     """The text of README.md."""
-    stages, encoder = loaded.cascade.stages, loaded.cascade.encoder
+    stages, encoder = loaded.cascade.stages, next(iter(each_encoder(loaded.cascade.encoder)), None)
     rows, load, run = [], [], []
     for number, (stage, checkpoint) in enumerate(zip(stages, loaded.checkpoints, strict=True)):
         upsamples, is_last = stage.is_super_resolution, number == len(stages) - 1

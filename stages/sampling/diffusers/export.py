@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import torch
 from safetensors.torch import save_file
 
 from imagen_core.cascade import CascadeStage
 from imagen_core.files import share
+from imagen_core.models import Conditioning
+from imagen_core.text_batch import each_encoder
 from pipeline.commands import CommandResult
 from pipeline.config import load_config, local_path
 from pipeline.errors import EXIT_OK, ConfigError
@@ -26,6 +29,7 @@ from stages.sampling.diffusers.graph import trace
 from stages.sampling.diffusers.steps import sampling_table
 
 _FILES = Path(__file__).with_name("files")
+_CODE = ("pipeline.py", "cascade_sampling.py")
 _DIFFUSERS_VERSION = "0.42.1"
 """The version whose layout is written."""
 _MOST_STAGES = 4
@@ -144,15 +148,18 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
     for stage in stages:
         _check_parts(stage)
     folder.mkdir()
-    encoder = export_encoder(loaded.cascade.encoder, encoder_model, folder)
+    record = next(iter(each_encoder(loaded.cascade.encoder)), None)
+    encoder = export_encoder(record, encoder_model, folder)
     names = [f"stage_{number}" for number in range(1, _MOST_STAGES + 1)]
     index: dict[str, Any] = {"_class_name": ["pipeline", "CascadePipeline"], "_diffusers_version": _DIFFUSERS_VERSION}
     index |= dict.fromkeys((*names, "text_encoder", "tokenizer"), (None, None))
     index |= dict.fromkeys(names[: len(stages)], ("network", "Network"))
+    index["empty_caption"] = any(stage.config.unet.needs_empty_caption for stage in stages)
     write_json(folder / "model_index.json", index | dict(encoder.components) | dict(encoder.settings))
     for stage, name in zip(stages, names, strict=False):
         _write_stage(stage, folder / name)
-    write_text(folder / "pipeline.py", (_FILES / "pipeline.py").read_text(encoding="utf-8"))
+    for name in _CODE:
+        write_text(folder / name, (_FILES / name).read_text(encoding="utf-8"))
     write_text(folder / "README.md", model_card(stages, loaded.checkpoints, encoder))
 
 
@@ -160,6 +167,7 @@ def _check_parts(stage: CascadeStage) -> None:
     """ConfigError for what `files/pipeline.py` cannot give to a network."""
     unet, prefix = stage.config.unet, f"the {stage.size_px} px stage"
     for option, is_used, why in (
+        ("text_dim", len(unet.text_shapes) > 1, "reads captions by several encoders"),
         ("transcription", unet.transcription is not None, "reads transcriptions"),
         ("image_embed_dim", unet.image_embed_dim is not None, "reads image embeddings, which a prior generates"),
         ("text_embed_dim", unet.text_embed_dim is not None, "reads captions as one vector by a second encoder"),
@@ -185,7 +193,7 @@ def _write_stage(stage: CascadeStage, folder: Path) -> None:
         "divisor": config.unet.sides_divisor,
         "channels": config.shape[0],
         "conditions": [name for name in _CONDITIONS if name in stage.conditions],
-        "text_shape": list(config.unet.text_shape or ()),
+        "text_shape": list(config.unet.text_shapes[0] if config.unet.text_shapes else ()),
         "max_tokens": stage.max_tokens,
         "guidance": {name: getattr(settings.guidance, name) for name in _CONDITIONS},
         "threshold": settings.threshold.model_dump(mode="json"),
@@ -214,8 +222,6 @@ def _write_stage(stage: CascadeStage, folder: Path) -> None:
 
 def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     """How the low-resolution image of a stage is prepared; None for a base."""
-    import torch
-
     config, noise = stage.config, stage.config.low_res_noise
     if config.low_res_px is None:
         return None
@@ -223,7 +229,7 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
     sigma = 0.0 if noise is None else noise.sampling_sigma if given is None else given
     level = torch.zeros(1, 3, 1, 1)
     denoiser = stage.denoiser
-    conditioning = denoiser.with_sampling_low_res(_empty(), level, level, sigma)
+    conditioning = denoiser.with_sampling_low_res(Conditioning(), level, level, sigma)
     c_noise = conditioning.low_res_noise
     return {
         "size_px": config.low_res_px,
@@ -233,12 +239,6 @@ def _low_res(stage: CascadeStage) -> dict[str, Any] | None:
         "scale": float(denoiser.coefficients(torch.tensor([sigma])).input),
         "c_noise": 0.0 if c_noise is None else float(c_noise),
     }
-
-
-def _empty() -> Any:
-    from imagen_core.models import Conditioning
-
-    return Conditioning()
 
 
 def _origins(loaded: LoadedCascade) -> list[dict[str, object]]:

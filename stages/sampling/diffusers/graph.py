@@ -76,11 +76,13 @@ def _arguments(stage: CascadeStage) -> tuple[dict[str, Tensor], dict[str, Any]]:
     image, row = {0: Dim.DYNAMIC, 2: height, 3: width}, {0: Dim.DYNAMIC}
     x = torch.zeros(batch, config.shape[0], config.size_px, config.size_px + divisor)
     arguments, sizes = {"x": x, "sigma": torch.ones(batch)}, {"x": image, "sigma": row}
-    if config.unet.text_shape is not None:
-        text = torch.zeros(batch, tokens, *config.unet.text_shape), torch.ones(batch, tokens, dtype=torch.bool)
+    for text_shape in config.unet.text_shapes:  # of one encoder
+        text = torch.zeros(batch, tokens, *text_shape), torch.ones(batch, tokens, dtype=torch.bool)
         arguments |= dict(zip(_TEXT, (*text, torch.ones(batch, dtype=torch.bool)), strict=True))
         token = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
         sizes |= {"text": token, "text_mask": token, "text_keep": row}
+    if config.unet.needs_empty_caption:  # takes the place of the caption, whichever the pipeline gives
+        del arguments["text_keep"], sizes["text_keep"]
     if config.unet.num_classes is not None:
         arguments |= dict(zip(_LABELS, (torch.zeros(batch).long(), torch.ones(batch, dtype=torch.bool)), strict=True))
         sizes |= dict.fromkeys(_LABELS, row)

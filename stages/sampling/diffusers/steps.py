@@ -4,6 +4,7 @@ Every step of a sampler adds up the image, estimates of the clean image and nois
 the noise levels alone; so a sampler that is given vectors of coefficients instead of images returns the coefficients.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,12 +50,27 @@ class _Recorder:
         return unit
 
     def denoise(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        self.latest, unit = self.new("estimate")
+        """As of `GuidedDenoiser.unclipped`."""
+        self.latest, _ = self.new("estimate")
+        before, unit = self.new("unclipped")
         guided = self.stage.sampling.guidance.applies(sigma)
         self.instructions.append(
-            {"estimate": self.latest, "of": self.terms(x), "sigma": float(sigma), "guided": guided}
+            {
+                "estimate": self.latest,
+                "unclipped": before,
+                "of": self.terms(x),
+                "sigma": float(sigma),
+                "guided": guided,
+            }
         )
         return unit, self.channels
+
+    def clip(self, unclipped: Tensor) -> Tensor:
+        """As of `GuidedDenoiser.clip`: the unit vector of the estimate that was recorded just before."""
+        estimate = torch.roll(unclipped, -1)
+        if self.terms(unclipped).keys() != {self.instructions[-1].get("unclipped")}:
+            raise ValueError("its sampler clips something else than the network's latest estimate")
+        return estimate
 
     def terms(self, vector: Tensor) -> dict[str, float]:
         """The coefficients that are not zero, by the name of what they are multiplied with."""
@@ -62,11 +78,12 @@ class _Recorder:
 
 
 def sampling_table(stage: CascadeStage) -> list[Instruction]:
-    """The instructions of one stage, which `files/pipeline.py` follows; the last one sets the stage's images.
+    """The instructions of one stage, which `files/cascade_sampling.py` follows; the last one sets the stage's images.
 
-    `{noise: NAME}` takes standard normal numbers; `{estimate: NAME, of: {NAME: NUMBER}, sigma, guided}` runs the
-    network on a sum of images; `{image: NAME, of: {NAME: NUMBER}}` adds up, where the term `noise` of an entry
-    `variance` has the deviation number * exp(log_ratio * v), v being the channels of an estimate's variance.
+    `{noise: NAME}` takes standard normal numbers. `{estimate: NAME, of: {NAME: NUMBER}, sigma, guided}` runs the
+    network on a sum of images; `unclipped: NAME` names its estimate before the threshold. `{image: NAME, of: {NAME:
+    NUMBER}}` adds up; the term `noise` of an entry `variance` has the deviation number * exp(log_ratio * v), v being
+    the channels of an estimate's variance.
 
     Raises:
         ValueError: the sampler does something else than adding up, or the grid does not suit it.
@@ -74,19 +91,26 @@ def sampling_table(stage: CascadeStage) -> list[Instruction]:
     config, settings = stage.config, stage.sampling
     sigmas = settings.grid.sigmas(config.diffusion.schedule, settings.num_steps)
     levels = sigmas.float().double()  # as the loop rounds them
-    recorder = _Recorder(stage, 2 + 10 * len(levels))
+    recorder = _Recorder(stage, 2 + 12 * len(levels))
     history = new_history(config.diffusion.schedule, len(levels) - 1)
-    x = levels[0] * recorder.noise()
+    x = math.hypot(float(levels[0]), settings.start == "unit_variance") * recorder.noise()
     for index in range(len(levels) - 1):
         x = _step(recorder, x, levels[index], levels[index + 1], history)
-    _check(stage, recorder.instructions, levels)
-    return recorder.instructions
+    table = _without_unused(recorder.instructions)
+    _check(stage, table, levels)
+    return table
+
+
+def _without_unused(table: Sequence[Instruction]) -> list[Instruction]:
+    """Without the names of estimates before the threshold that no entry reads."""
+    read = {name for entry in table for name in entry.get("of", ())}
+    return [{key: value for key, value in entry.items() if key != "unclipped" or value in read} for entry in table]
 
 
 def _step(recorder: _Recorder, x: Tensor, sigma: Tensor, sigma_next: Tensor, history: History) -> Tensor:
     """Records one step, and returns the unit vector of the image that it gives."""
     diffusion, sampler = recorder.stage.config.diffusion, recorder.stage.sampling.sampler
-    denoise = GuidedDenoiser(recorder.denoise, diffusion)
+    denoise = GuidedDenoiser(recorder.denoise, diffusion, recorder.clip)
     learns, variance = is_learned(diffusion.variance), None
     low, high = (torch.tensor(value, dtype=torch.float64) for value in _PROBES.get(diffusion.variance, (0.0, 1.0)))
     before, known = replace(history, derivatives=list(history.derivatives)), list(recorder.names)
@@ -96,7 +120,9 @@ def _step(recorder: _Recorder, x: Tensor, sigma: Tensor, sigma_next: Tensor, his
     if learns:
         again = _Recorder(recorder.stage, recorder.size, known, channels=high)
         other = again.terms(
-            sampler.step(GuidedDenoiser(again.denoise, diffusion), x, sigma, sigma_next, again.noise, before)
+            sampler.step(
+                GuidedDenoiser(again.denoise, diffusion, again.clip), x, sigma, sigma_next, again.noise, before
+            )
         )
         changed = [name for name, value in terms.items() if value != other.get(name)]
         if len(changed) > 1 or (changed and not changed[0].startswith("noise")):
@@ -124,11 +150,12 @@ def _check(stage: CascadeStage, table: Sequence[Instruction], levels: Tensor) ->
 
     expected = sample(
         settings.sampler,
-        GuidedDenoiser(denoise, diffusion),
+        GuidedDenoiser(denoise, diffusion, _clip),
         levels,
         SeededNoise([0]),
         _SHAPE,
         dtype=torch.float64,
+        start=settings.start,
         schedule=diffusion.schedule,
     )
     found = _followed(table, denoise, SeededNoise([0]), sigmoid=diffusion.variance == "learned_range_sigmoid")
@@ -140,8 +167,13 @@ def _check(stage: CascadeStage, table: Sequence[Instruction], levels: Tensor) ->
         )
 
 
+def _clip(estimate: Tensor) -> Tensor:
+    """Stands for the threshold."""
+    return estimate.clamp(-0.5, 0.5)
+
+
 def _followed(table: Sequence[Instruction], denoise: Any, noise: SeededNoise, *, sigmoid: bool) -> Tensor:
-    """What `files/pipeline.py` does with a table, for numbers, float64 (1, *_SHAPE)."""
+    """What `files/cascade_sampling.py` does with a table, for numbers, float64 (1, *_SHAPE)."""
     values: dict[str, Tensor] = {}
     channels: dict[str, Tensor | None] = {}
     result = torch.zeros(())
@@ -159,7 +191,8 @@ def _followed(table: Sequence[Instruction], denoise: Any, noise: SeededNoise, *,
         result = sum((factor * values[name] for name, factor in factors.items()), torch.zeros(()))
         if "estimate" in entry:
             name = entry["estimate"]
-            values[name], channels[name] = denoise(result, torch.tensor(entry["sigma"], dtype=torch.float64))
+            unclipped, channels[name] = denoise(result, torch.tensor(entry["sigma"], dtype=torch.float64))
+            values[name], values[entry.get("unclipped", "")] = _clip(unclipped), unclipped
         else:
             values[entry["image"]] = result
     return result

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.errors import ConfigError
 from stages.sources.files import Damaged
 
-_NUMBERS = "fiu"
+_NUMBERS = "fiub"
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

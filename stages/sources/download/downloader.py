@@ -24,6 +24,7 @@ from stages.sources.download.config import DownloadConfig
 from stages.sources.download.host_queue import Failures, HostQueue, Ticket, num_threads
 from stages.sources.download.open_url import Endpoint, FetchAttempt, make_opener
 from stages.sources.download.uri import to_uri
+from stages.sources.records.row_text import text_array
 
 Result = Callable[[int, bytes | None, str | None, str], None]
 """Called with row, bytes or None, drop reason or None, detail."""
@@ -178,7 +179,7 @@ def _run_downloader(urls: Mapping[int, str], folder: Path, fetcher: _Fetcher, re
     downloader = load_downloader()
     rows = list(urls)
     shard_file = folder / "urls.arrow"
-    table = pa.table({"url": list(urls.values())})
+    table = pa.table({"url": text_array(list(urls.values()))})
     with pa.OSFile(str(shard_file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 

@@ -34,7 +34,10 @@ def open_parquet(path: str) -> "Iterator[pq.ParquetFile]":
         with open_file(path) as file:
             yield pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"source.path: {path} is not a readable parquet file: {error}") from error
+        raise ConfigError(
+            f"source.path: {path} is not a readable parquet file: {' '.join(str(error).split()).rstrip('.')}; copy or "
+            "download it again, or leave it out"
+        ) from error
 
 
 class ParquetRows:

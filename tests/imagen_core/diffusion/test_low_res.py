@@ -44,11 +44,15 @@ def test_the_result_has_the_variance_of_the_closed_form(sigma):
 
 
 @pytest.mark.parametrize(
-    ("objective", "scale"),
-    [("edm", lambda sigma: (sigma**2 + 0.25) ** -0.5), ("eps", lambda sigma: (sigma**2 + 1) ** -0.5)],
+    ("objective", "low_res_scale", "scale"),
+    [
+        ("edm", "input", lambda sigma: (sigma**2 + 0.25) ** -0.5),
+        ("edm", "variance_preserving", lambda sigma: (sigma**2 + 1) ** -0.5),
+        ("eps", "input", lambda sigma: (sigma**2 + 1) ** -0.5),
+    ],
 )
-def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(objective, scale):
-    denoiser = small_super_denoiser(diffusion={"objective": objective})
+def test_the_denoiser_upsamples_then_noises_then_scales_as_it_does_its_input(objective, low_res_scale, scale):
+    denoiser = small_super_denoiser(diffusion={"objective": objective}, low_res_scale=low_res_scale)
     generator = torch.Generator().manual_seed(0)
     low_res = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
     noise = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -186,3 +190,9 @@ def test_images_that_are_not_square_are_upsampled_as_squares_are(mode: Upsamplin
     if mode == "cubic_reflect":
         with pytest.raises(ValueError, match="24 x 40 is not a multiple of 12 x 24 pixels"):
             upsample(image[..., 6:18, :], (24, 40), mode)
+
+
+def test_bilinear_corners_is_a_straight_line_from_one_corner_pixel_to_the_other_and_does_not_clip():
+    low_res = torch.tensor([0.0, 3.0]).expand(1, 1, 2, 2)
+    line = torch.linspace(0, 3, 8).expand(1, 1, 8, 8)
+    torch.testing.assert_close(upsample(low_res, (8, 8), "bilinear_corners"), line)

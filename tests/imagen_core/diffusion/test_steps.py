@@ -5,7 +5,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from imagen_core.diffusion.schedules import Discrete, LogNormal, LogSnrCosine, LogSnrLinear
-from imagen_core.diffusion.steps import AnyGrid, Karras, Respaced, Uniform, respaced_steps
+from imagen_core.diffusion.steps import AnyGrid, Karras, Listed, Respaced, Uniform, respaced_steps
 
 SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), Discrete(), Discrete(beta="cosine")]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
@@ -115,3 +115,69 @@ def test_respacing_needs_a_discrete_schedule():
 def test_other_strings_are_refused(sections):
     with pytest.raises(ValidationError, match="sections"):
         TypeAdapter(AnyGrid).validate_python({"kind": "respaced", "sections": sections})
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_steps", "steps"),
+    [
+        (Uniform(), 4, [99, 66, 33, 0]),
+        (Uniform(spacing="leading"), 4, [75, 50, 25, 0]),
+        (Uniform(spacing="leading"), 7, [84, 70, 56, 42, 28, 14, 0]),
+        (Uniform(spacing="leading", offset=1), 4, [76, 51, 26, 1]),
+        (Uniform(spacing="trailing"), 4, [99, 74, 49, 24]),
+        (Uniform(spacing="trailing"), 3, [99, 66, 32]),
+        (Uniform(skip_lowest=True), 3, [99, 66, 33]),
+        (Uniform(spacing="leading", skip_lowest=True), 3, [75, 50, 25]),
+        (Listed(steps=(99, 98, 50, 3)), 4, [99, 98, 50, 3]),
+    ],
+    ids=repr,
+)
+def test_spacings_take_these_steps_of_a_discrete_schedule(grid, num_steps, steps):
+    schedule = Discrete(num_steps=100)
+    sigmas = grid.sigmas(schedule, num_steps)
+    assert sigmas[:-1].tolist() == schedule.sigmas()[steps].tolist()
+    assert float(sigmas[-1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps", "words"),
+    [
+        ({"kind": "uniform", "spacing": "leading", "offset": 26}, 4, "spacing=leading finds no 4 steps in a schedule"),
+        ({"kind": "uniform", "spacing": "trailing"}, 101, "spacing=trailing finds no 101 steps in a schedule of 100"),
+        ({"kind": "uniform", "skip_lowest": True}, 100, "101 steps requested of 100"),
+        ({"kind": "listed", "steps": [100, 0]}, 2, r"grid.steps has 100, but the schedule ends at 99"),
+        ({"kind": "listed", "steps": [99, 0]}, 3, r"num_steps is 3, but grid.steps has 2 steps"),
+    ],
+)
+def test_steps_that_a_schedule_does_not_have_are_refused(settings, num_steps, words):
+    grid = TypeAdapter(AnyGrid).validate_python(settings)
+    with pytest.raises(ValueError, match=words):
+        grid.sigmas(Discrete(num_steps=100), num_steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "uniform", "offset": 1}, r"offset is for spacing=leading \(got spacing=linspace\)"),
+        ({"kind": "uniform", "spacing": "trailing", "skip_lowest": True}, "leaves out the lowest steps already"),
+        ({"kind": "listed", "steps": [5, 5]}, r"must fall from step to step \(got 5, 5\)"),
+        ({"kind": "listed", "steps": [5, -1]}, r"must not be below 0 \(got -1\)"),
+        ({"kind": "listed", "steps": []}, "at least 1 item"),
+    ],
+)
+def test_spacings_that_contradict_themselves_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        TypeAdapter(AnyGrid).validate_python(settings)
+
+
+@pytest.mark.parametrize(
+    "grid", [Uniform(spacing="leading"), Uniform(skip_lowest=True), Listed(steps=(1, 0))], ids=repr
+)
+def test_a_continuous_schedule_has_no_steps_to_choose_from(grid):
+    with pytest.raises(ValueError, match=r"a discrete schedule \(got log_normal\)"):
+        grid.sigmas(LogNormal(), 2)
+
+
+def test_a_grid_from_before_there_were_spacings_is_recorded_as_it_was():
+    assert Uniform().model_dump() == {"kind": "uniform"}
+    assert Uniform(spacing="leading").model_dump() == {"kind": "uniform", "spacing": "leading"}

@@ -21,6 +21,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {"num_time_tokens": 2, "num_image_tokens": 3, "num_text_embed_tokens": 2, "self_conditioning": True},
     "one_embedding": {"text_dim": None, "rotary": False, "norm_out": False, "final_projection": False},
     "same_width": {"text_dim": 16},
+    "imported": {
+        "text_dim": None,
+        "learned_text_tokens": True,
+        "unit_text_embed": True,
+        "sinusoids": "closed",
+        "null_position": True,
+        "cosine_attention": False,
+        "stable_norm_out": True,
+    },
 }
 
 

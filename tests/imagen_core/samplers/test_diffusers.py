@@ -16,7 +16,7 @@ from torch import Tensor
 from imagen_core.diffusion import DiffusionConfig, GuidedDenoiser
 from imagen_core.diffusion.precondition import coefficients
 from imagen_core.diffusion.schedules import Discrete, LogNormal
-from imagen_core.diffusion.steps import Karras
+from imagen_core.diffusion.steps import Karras, Uniform
 from imagen_core.samplers import Ancestral, Ddim, DpmSolverPP2M, Euler, Heun, History, Plms, Prk, sample
 
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -273,3 +273,17 @@ def test_tables_of_discrete_schedules(ours, theirs):
     scheduler = build("DDPMScheduler", **LINEAR | {"beta_schedule": theirs})
     kept = 1 / (1 + Discrete(beta=ours).sigmas() ** 2)
     torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "skips"), [("DDPMScheduler", False), ("DPMSolverMultistepScheduler", True)])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 27, 100])
+def test_steps_that_spacings_take(name, skips, spacing, num_steps):
+    scheduler = build(name, **LINEAR, timestep_spacing=spacing)
+    scheduler.set_timesteps(num_steps)
+    grid = Uniform(spacing=spacing, skip_lowest=skips and spacing != "trailing")
+    if (spacing, num_steps, skips) == ("linspace", 1, False):  # diffusers takes step 0: one step that changes nothing
+        assert scheduler.timesteps.tolist() == [0]
+        return
+    sigmas = Discrete().sigmas()[scheduler.timesteps]
+    assert grid.sigmas(Discrete(), num_steps)[:-1].tolist() == sigmas.tolist()

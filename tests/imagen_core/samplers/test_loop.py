@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from imagen_core.diffusion import Guidance, Threshold, guided
+from imagen_core.diffusion import DiffusionConfig, Guidance, GuidedDenoiser, Threshold, guided
 from imagen_core.diffusion.schedules import Discrete, LogNormal
 from imagen_core.diffusion.steps import Karras, Uniform
 from imagen_core.models import Conditioning
@@ -249,3 +249,26 @@ def test_the_first_and_last_steps_of_multistep_samplers_may_be_ddims(sampler, ca
         ddim = Ddim().step(data.denoise, x, sigmas[index], sigmas[index + 1], start.clone, History())
         is_one = index < sampler.ddim_first_steps or index >= 8 - sampler.ddim_last_steps
         assert torch.allclose(result, ddim, rtol=1e-12, atol=1e-12) == is_one
+
+
+@pytest.mark.parametrize(("start", "size"), [("sigma", 3.0), ("unit_variance", 10**0.5)])
+def test_sampling_starts_from_noise_of_this_size(start, size):
+    seen = []
+
+    def denoise(x, sigma):
+        seen.append(x)
+        return x
+
+    sample(Euler(), denoise, torch.tensor([3.0, 0.0]).double(), SeededNoise([4]), SHAPE, start=start)
+    torch.testing.assert_close(seen[0], size * SeededNoise([4]).normal(SHAPE))
+
+
+@pytest.mark.parametrize(("kept_noise", "of"), [("of_threshold", 1.0), ("of_network", 4.0)])
+def test_ddim_keeps_the_noise_that_is_left_of_either_estimate(kept_noise, of):
+    """x is 10, the network says 4, and the threshold makes 1 of it."""
+    model = GuidedDenoiser(
+        lambda x, sigma: (torch.full_like(x, 4.0), None), DiffusionConfig(), Threshold(kind="static")
+    )
+    x, sigma, sigma_next = torch.full((1, *SHAPE), 10.0), torch.tensor(3.0), torch.tensor(1.0)
+    moved = Ddim(kept_noise=kept_noise).step(model, x, sigma, sigma_next, lambda: x, History())
+    torch.testing.assert_close(moved, torch.full_like(x, 1 + (10 - of) / 3))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,14 @@ def make_store(
     large_px: int = 32,
     row_fields: Callable[[int], dict[str, Any]] = lambda row: {},
     buckets: bool = False,
+    more_encoders: Mapping[str, int] | None = None,
 ) -> Path:
     """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
 
     Args:
         large_px: another size instead of 32, and its half instead of 16.
         row_fields: fields of the samples by row.
+        more_encoders: widths of further encoders by name, whose captions have 1 to 3 tokens.
         buckets: images are wide, tall and square in turn (12 x 20, 20 x 12 and 16 x 16 px, and twice that).
     """
     if (root / "manifest.json").exists():
@@ -69,14 +71,15 @@ def make_store(
         group = {"kind": "images", "size_px": size, "format": "parquet", "codec": "raw"}
         shapes = {"config": {"shapes": [list(shape) for shape in bucket_list(size)]}} if buckets else {}
         groups[st.image_group(size)] = group | shapes
-    groups["text-t5"] = {
-        "kind": "text",
-        "encoder": "t5",
-        "dim": dim,
-        "dtype": "float16",
-        "format": "parquet",
-        "fingerprint": {"model": model},
-    }
+    for name, width in {"t5": dim, **(more_encoders or {})}.items():
+        groups[f"text-{name}"] = {
+            "kind": "text",
+            "encoder": name,
+            "dim": width,
+            "dtype": "float16",
+            "format": "parquet",
+            "fingerprint": {"model": model if name == "t5" else name},
+        }
     for name in groups:
         (root / name).mkdir(parents=True)
     shards = []
@@ -110,20 +113,20 @@ def make_store(
             with st.open_image_writer(root / paths[name], size, "parquet", shapes=shapes) as writer:
                 for pixels, sample in zip(images, samples, strict=True):
                     writer.append(pixels, sample.key, sample.sha256)
-        embeddings = [rng.normal(size=(1 + row % 5, dim)).astype(np.float32) for row in range(count)]
         captions = [sample.captions[0] for sample in samples]
-        fingerprint = groups["text-t5"]["fingerprint"]
-        path = root / paths["text-t5"]
-        st.write_embedding_shard(
-            path,
-            st.cast_embeddings(embeddings, dim, "float16"),
-            [len(embedding) for embedding in embeddings],
-            dim,
-            "float16",
-            "parquet",
-            captions=captions,
-            fingerprint=fingerprint,
-        )
+        for name, width in {"t5": dim, **(more_encoders or {})}.items():
+            longest, random = (5, rng) if name == "t5" else (3, np.random.default_rng([width, shard]))
+            embeddings = [random.normal(size=(1 + row % longest, width)).astype(np.float32) for row in range(count)]
+            st.write_embedding_shard(
+                root / paths[f"text-{name}"],
+                st.cast_embeddings(embeddings, width, "float16"),
+                [len(embedding) for embedding in embeddings],
+                width,
+                "float16",
+                "parquet",
+                captions=captions,
+                fingerprint=groups[f"text-{name}"]["fingerprint"],
+            )
         files = {name: _entry(root, path, count) for name, path in paths.items()}
         shards.append({"index": shard, "rows": count, "files": files})
     st.write_manifest(root / "manifest.json", {"writer": "test", "groups": groups}, shards)

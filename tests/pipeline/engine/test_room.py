@@ -124,8 +124,13 @@ def test_groups_of_unknown_size_are_named_and_an_unknown_number_of_rows_is_not_g
 ) -> None:
     disks({temporary: 1 << 40, tmp_path: 1})
     plan, run = planned(tmp_path / "run", images={"sizes_px": [SIDE], "codec": "webp"}, max_drop_fraction=0.999999)
-    assert "683.6 KiB, and images-256 to write" in check(plan, run)[0]
+    assert "683.6 KiB, and images-256 (of unknown size) to write" in check(plan, run)[0]
     assert check(replace(plan, estimated_shards=None), run) == []
+
+
+def test_where_no_size_is_known_no_bytes_are_said() -> None:
+    found = str(room.Room("/disk", ("run folder",), 1 << 30, 0, 0, ("export",)))
+    assert found == "run folder at /disk: export (of unknown size) to write, 1.0 GiB free"
 
 
 def test_temporary_files_on_the_same_file_system_share_its_room(tmp_path: Path, temporary: Path, disks: Disks) -> None:

@@ -92,6 +92,18 @@ def test_workers_are_asked_for_while_tasks_wait_and_get_none_before_they_have_a_
     assert len(made.workers) == 3, "no more than the limit"
 
 
+def test_on_a_ray_of_this_machine_a_stage_that_waits_has_a_worker_for_each_cpu_with_several_tasks(
+    tmp_path: Path,
+) -> None:
+    fetch = Fetch(ToyOptions(fetch_waits=True))
+    here, joined = executor(tmp_path, fetch, address=None), executor(tmp_path, fetch)
+    assert (here._has_pool(fetch), joined._has_pool(fetch)) == (True, False)
+    assert not here._has_pool(Fetch(ToyOptions())), "it computes, and Ray counts its CPU"
+    made = WorkerPool(fetch, RunFolder(tmp_path), {}, mock.Mock(), None)
+    made.resize([GPU_NODE])
+    assert (made.limit, made.slots) == (4, 2)
+
+
 def test_the_number_of_workers_follows_the_cluster_up_to_what_the_stage_allows(tmp_path: Path) -> None:
     made = WorkerPool(stage(num_gpus=1.0), RunFolder(tmp_path), {"CPU": 1, "GPU": 1}, mock.Mock(), None)
     made.resize([CPU_NODE])
@@ -285,7 +297,7 @@ def test_a_shard_that_brings_down_worker_after_worker_is_set_aside(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_local_ray_listens_on_the_loopback_interface_only_and_asks_no_cloud() -> None:
+def test_a_local_ray_listens_on_the_loopback_interface_only_and_starts_nothing_needless() -> None:
     """The audit hook of the tests is in Ray's processes of Python, and fails the test if one asked."""
     import ray
 
@@ -295,6 +307,8 @@ def test_a_local_ray_listens_on_the_loopback_interface_only_and_asks_no_cloud() 
         pids = {os.getpid(), *descendants(os.getpid())}
         assert len(pids) > 5, "they are Ray's"
         assert open_ports(pids) == set()
-        assert not any("dashboard.py" in line for line in descendants(os.getpid()).values()), "it would ask"
+        lines = " ".join(descendants(os.getpid()).values())
+        assert "raylet" in lines
+        assert not any(name in lines for name in ("dashboard.py", "monitor.py")), "they would ask, or have no use"
     finally:
         ray.shutdown()

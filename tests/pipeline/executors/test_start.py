@@ -48,8 +48,11 @@ def test_shards_are_finished_before_others_are_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-def test_workers_with_large_packages_are_forked_from_one_process(tmp_path: Path) -> None:
-    assert run(tmp_path, "local", modules=("decimal",))["num_samples"] == 18
+@pytest.mark.parametrize("fetch_waits", [False, True])
+def test_workers_of_a_run_with_large_packages_are_forked_from_one_process(
+    tmp_path: Path, *, fetch_waits: bool
+) -> None:
+    assert run(tmp_path, "local", modules=("decimal",), fetch_waits=fetch_waits)["num_samples"] == 18
     parents = {name.split("-of-")[1].split("-")[0] for name in names(tmp_path, "worker")}
     assert len(parents) == 1
     assert parents != {str(os.getpid())}
@@ -81,6 +84,39 @@ def test_the_processor_time_of_tasks_that_run_together_adds_up(monkeypatch: pyte
     now[0] = 9.0
     assert shares.end(2) == 2.0 + 1.0
     assert shares.end(3) == 0.0, "it never began"
+
+
+def test_a_worker_looks_for_garbage_once_a_stage_is_set_up_and_not_among_what_was_there() -> None:
+    code = """
+import gc, weakref
+from pipeline.executors.process import prepare_process, set_up_once
+
+class Node:
+    pass
+
+def cycle():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+
+with set_up_once():
+    print(gc.isenabled(), gc.get_freeze_count())
+print(gc.isenabled(), gc.get_freeze_count())
+prepare_process()
+frozen = gc.get_freeze_count()
+print(gc.isenabled(), frozen > 1000)
+with set_up_once():
+    of_set_up = cycle()
+    import decimal
+print(of_set_up(), gc.isenabled(), gc.get_freeze_count() > frozen)
+frozen = gc.get_freeze_count()
+prepare_process()
+of_task = cycle()
+gc.collect()
+print(of_task(), gc.isenabled(), gc.get_freeze_count() - frozen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["True 0", "True 0", "False True", "None True True", "None True 0"], done.stderr
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ OTHER: dict[str, Any] = {
     "sha256": "1" * 64,
     "max_tokens": 9,
 }
-"""Another value of each field of a loaded checkpoint, but for `shapes`: those of the images are recorded with each."""
+"""Another value of each field of a loaded checkpoint that decides what it generates."""
+ELSEWHERE = ("shapes", "place")
+"""Fields that an origin leaves out: the shape of each image is recorded with it, and a checkpoint may be moved."""
 
 
 def loaded() -> Any:
@@ -30,10 +32,14 @@ def loaded() -> Any:
     return LoadedDenoiser(SimpleNamespace(config=CONFIG), encoder, {}, 2, "ema-0.99", "0" * 64, 8)  # pyright: ignore
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(LoadedDenoiser) if field.name != "shapes"])
+@pytest.mark.parametrize("name", [field.name for field in fields(LoadedDenoiser) if field.name not in ELSEWHERE])
 def test_another_value_of_anything_that_was_loaded_is_another_origin(name: str) -> None:
     assert canonical_json(origin(loaded())) == canonical_json(origin(loaded()))
     assert origin(replace(loaded(), **{name: OTHER[name]})) != origin(loaded())
+
+
+def test_a_checkpoint_that_was_moved_has_the_same_origin() -> None:
+    assert origin(replace(loaded(), place="s3://bucket/base")) == origin(loaded())
 
 
 def test_records_of_earlier_versions_are_compared_by_what_they_have() -> None:

@@ -247,7 +247,7 @@ def test_another_width_is_refused(laion: Path, tmp_path: Path) -> None:
         ("encoders.0.array=txt", "array 'txt' is not in source.arrays, which has: img, text"),
         ("images.sizes_px=[16]", "so there are no images, but images.sizes_px is"),
         ("image_encoders.0.null=x.npy", "only captions have an empty one"),
-        ("source={kind: synthetic}", "only webdataset and parquet bring arrays"),
+        ("source={kind: synthetic}", "only webdataset, parquet, folder and mds bring arrays"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -51,5 +51,8 @@ def test_the_record_of_a_sampling_has_the_settings_that_change_images_only() -> 
     plain = SampleConfig.model_validate({"stages": stages}).recorded()
     same = {"output": {"all_sizes": False, "text": True}, "batch_size": 3, "device": "cpu", "labels": [1]}
     assert SampleConfig.model_validate({"stages": stages, **same}).recorded() == plain
-    for change in ({"output": {"size_px": 64}}, {"seed": 1}, {"init": {"images": ["a"]}}, {"precision": "bfloat16"}):
+    assert "negative_prompt" not in plain
+    assert "start" not in str(plain), "records of earlier versions had no such setting"
+    changes = ({"output": {"size_px": 64}}, {"seed": 1}, {"init": {"images": ["a"]}}, {"precision": "bfloat16"})
+    for change in (*changes, {"negative_prompt": ""}):
         assert SampleConfig.model_validate({"stages": stages, **change}).recorded() != plain

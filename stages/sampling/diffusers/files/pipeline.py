@@ -2,40 +2,21 @@
 
 Copied by `pipeline export --to diffusers` (https://pypi.org/project/imagen-precompute) into the folder of a cascade,
 whose README.md says how to use it. Needs torch, diffusers, and transformers to encode prompts.
-
-Noise levels follow Karras et al. 2022 (arXiv 2206.00364): x = x0 + sigma * noise, with images x0 in [-1, 1].
 """
 
-import hashlib
 import secrets
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-Estimate = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
-"""(x, sigma, whether guided) -> the estimate of x0, and the channels of a learned variance."""
-
-
-class Noise:
-    """Standard normal numbers from one generator for each image, so that an image does not depend on its batch."""
-
-    def __init__(self, generators: Sequence[torch.Generator]):
-        self.generators = generators
-
-    def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """float32 (b, *shape)."""
-        rows = [
-            torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device).cpu()
-            for generator in self.generators
-        ]
-        return torch.stack(rows).to(device, torch.float32)
+from .cascade_sampling import Noise, Texts, sample_stage, stage_seed
 
 
 class CascadePipeline(DiffusionPipeline):
@@ -58,6 +39,7 @@ class CascadePipeline(DiffusionPipeline):
         encoder_revision: str | None = None,
         max_tokens: int = 128,
         embedding_dtype: str | None = None,
+        empty_caption: bool = False,
     ):
         """
         Args:
@@ -65,6 +47,7 @@ class CascadePipeline(DiffusionPipeline):
                 the first prompt is encoded.
             max_tokens: longer prompts are truncated.
             embedding_dtype: type that the embeddings are rounded to, as those of training were.
+            empty_caption: whether a dropped caption is the empty one; otherwise the networks know what it is.
         """
         super().__init__()
         self.register_modules(
@@ -80,6 +63,7 @@ class CascadePipeline(DiffusionPipeline):
             encoder_revision=encoder_revision,
             max_tokens=max_tokens,
             embedding_dtype=embedding_dtype,
+            empty_caption=empty_caption,
         )
         self.processor = VaeImageProcessor(vae_scale_factor=1)
 
@@ -96,6 +80,8 @@ class CascadePipeline(DiffusionPipeline):
         *,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         prompt_mask: Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         labels: Sequence[int] | None = None,
         image: Any = None,
         num_images_per_prompt: int = 1,
@@ -113,6 +99,9 @@ class CascadePipeline(DiffusionPipeline):
             prompt: one prompt or several.
             prompt_embeds: instead of prompts their embeddings, float (b, l, dim) with `prompt_mask`, bool (b, l), or
                 one (l, dim) for each.
+            negative_prompt: what guidance leads away from, one for all prompts or one for each; None means a dropped
+                caption as in training.
+            negative_prompt_embeds: instead of negative prompts their embeddings.
             labels: the class of each prompt, for a cascade that reads classes; -1 means unknown.
             image: the images to super-resolve, if the first stage does that: PIL images, or float (b, 3, h, w) in
                 [-1, 1].
@@ -125,20 +114,18 @@ class CascadePipeline(DiffusionPipeline):
             ValueError: inputs that do not fit the cascade.
         """
         device = self._execution_device
-        text, mask, count = self._texts(prompt, prompt_embeds, prompt_mask, labels, image, num_images_per_prompt)
+        copies, scale = num_images_per_prompt, guidance_scale
+        texts, count = self._texts(prompt, prompt_embeds, prompt_mask, [labels, image])
+        texts |= self._null_texts(texts, negative_prompt, negative_prompt_embeds, scale)
+        texts = {name: each.repeat_interleave(copies, dim=0) for name, each in texts.items()}
         shapes = self._shapes(height, width)
-        classes = None if labels is None else torch.tensor(list(labels)).repeat_interleave(num_images_per_prompt)
-        low_res = self._low_res(image, shapes[0], num_images_per_prompt)
-        noises = self._noises(seed, generator, count)
+        classes = None if labels is None else torch.tensor(list(labels), device=device).repeat_interleave(copies)
+        current = self._low_res(image, shapes[0], copies)
+        noises = self._noises(seed, generator, count * copies)
         total = sum("estimate" in entry for stage in self.stages for entry in stage.config.sampling["table"])
-        current = low_res
         with self.progress_bar(total=total) as bar:  # type: ignore[call-arg]
             for stage, shape, noise in zip(self.stages, shapes, noises, strict=True):
-                settings = stage.config.sampling
-                start = None if settings["low_res"] is None else current
-                inputs = _inputs(settings, text, mask, classes, start, shape, noise, device)
-                estimate = _guided(stage, settings, inputs, guidance_scale, bar.update)
-                current = follow(settings, estimate, noise, (settings["channels"], *shape), device)
+                current = sample_stage(stage, shape, texts, classes, current, noise, scale, device, bar.update)
         assert current is not None
         images: Any = self.processor.postprocess(current.clamp(-1, 1).cpu(), output_type)
         self.maybe_free_model_hooks()
@@ -174,30 +161,65 @@ class CascadePipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None,
         embeds: Tensor | Sequence[Tensor] | None,
         mask: Tensor | None,
-        labels: Sequence[int] | None,
-        image: Any,
-        copies: int,
-    ) -> tuple[Tensor | None, Tensor | None, int]:
-        """Embeddings and mask of each image, if the cascade reads captions; and the number of images."""
-        others = [len(given) for given in (labels, image) if isinstance(given, Sequence | Tensor)]
-        if not any("text" in stage.config.sampling["conditions"] for stage in self.stages):
-            if prompt is not None or embeds is not None:
-                raise ValueError("prompt: this cascade reads no captions; leave it out")
-            return None, None, copies * (others or [1])[0]
-        if (prompt is None) == (embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        if embeds is None:
-            assert prompt is not None
-            embeds, mask = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
-        elif not isinstance(embeds, Tensor):
-            rows = list(embeds)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True).bool()
-            embeds = torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        if any(number != len(embeds) for number in others):
-            raise ValueError(f"labels, image: give one for each of {len(embeds)} prompts")
-        text, mask = (each.to(self._execution_device).repeat_interleave(copies, dim=0) for each in (embeds, mask))
-        return text.float(), mask, len(text)
+        others: Sequence[Any],
+    ) -> tuple[Texts, int]:
+        """The captions, none if the cascade reads none; and the number of prompts, or of what else is given."""
+        numbers = [len(given) for given in others if isinstance(given, Sequence | Tensor)]
+        if any("text" in stage.config.sampling["conditions"] for stage in self.stages):
+            if (prompt is None) == (embeds is None):
+                raise ValueError("give either prompt or prompt_embeds")
+            text, mask = self._embedded(prompt, embeds, mask)
+            texts, count = {"text": text, "text_mask": mask}, len(text)
+        elif prompt is None and embeds is None:
+            texts, count = {}, (*numbers, 1)[0]
+        else:
+            raise ValueError("prompt: this cascade reads no captions; leave it out")
+        if any(number != count for number in numbers):
+            raise ValueError(f"labels, image: give one for each of {count} prompts")
+        return texts, count
+
+    def _embedded(
+        self, prompt: str | Sequence[str] | None, embeds: Tensor | Sequence[Tensor] | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts or their embeddings -> float32 (b, l, dim) and bool (b, l)."""
+        if prompt is not None:
+            return self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt))
+        assert embeds is not None
+        if not isinstance(embeds, Tensor):
+            mask = pad_sequence([torch.ones(len(row)) for row in embeds], batch_first=True)
+            embeds = pad_sequence([row.float() for row in embeds], batch_first=True)
+        mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+        return embeds.to(self._execution_device, torch.float32), mask.to(self._execution_device, torch.bool)
+
+    def _null_texts(
+        self,
+        texts: Texts,
+        prompt: str | Sequence[str] | None,
+        embeds: Tensor | Sequence[Tensor] | None,
+        guidance_scale: float | None,
+    ) -> Texts:
+        """What takes the place of dropped captions, if the networks do not know it; both in one length."""
+        weights = [stage.config.sampling["guidance"]["text"] for stage in self.stages]
+        guided = any(weight != 1 for weight in weights) if guidance_scale is None else guidance_scale != 1
+        if prompt is None and embeds is None:
+            if not texts or not guided or not self.config["empty_caption"]:
+                return {}
+            if self.text_encoder is None and self.config["encoder_model"] is None:
+                raise ValueError("negative_prompt_embeds: give the embedding of the empty prompt, or guidance_scale=1")
+            prompt = ""
+        if not texts:
+            raise ValueError("negative_prompt: this cascade reads no captions; leave it out")
+        null, mask = self._embedded(prompt, embeds)
+        if len(null) not in (1, len(texts["text"])):
+            raise ValueError(
+                f"negative_prompt: {len(null)} for {len(texts['text'])} prompts; give one for all or each"
+            )
+        found = texts | {"null_text": null, "null_text_mask": mask}
+        longest = max(each.shape[1] for each in found.values())
+        for name, each in found.items():
+            padding = each.new_zeros(len(each), longest - each.shape[1], *each.shape[2:])
+            found[name] = torch.cat([each, padding], dim=1).expand(len(texts["text"]), *[-1] * (each.ndim - 1))
+        return found
 
     def _shapes(self, height: int | None, width: int | None) -> list[tuple[int, int]]:
         """Height and width of each stage's images."""
@@ -247,161 +269,6 @@ class CascadePipeline(DiffusionPipeline):
         if generator is not None:
             return [Noise(given)] * len(self.stages)  # type: ignore[arg-type]
         return [
-            Noise([torch.Generator().manual_seed(_mix(seed, number)) for seed in seeds])
+            Noise([torch.Generator().manual_seed(stage_seed(seed, number)) for seed in seeds])
             for number in range(len(self.stages))
         ]
-
-
-def follow(
-    settings: Mapping[str, Any], estimate: Estimate, noise: Noise, shape: Sequence[int], device: torch.device
-) -> Tensor:
-    """Follows the table of a stage's sampler: float32 (b, *shape).
-
-    An entry takes noise, or adds up named images, each times a number; the sum is an image, or what the network gets.
-    The term `noise` of an entry `variance` is also multiplied by exp(log_ratio * v), where v are the variance's
-    channels of an estimate.
-    """
-    table = settings["table"]
-    values: dict[str, Tensor] = {}
-    variances: dict[str, Tensor | None] = {}
-    last_use = {name: index for index, entry in enumerate(table) for name in entry.get("of", ())}
-    result = torch.zeros(())
-    for index, entry in enumerate(table):
-        if "noise" in entry:
-            values[entry["noise"]] = noise.normal(shape, device)
-            continue
-        factors: dict[str, Any] = dict(entry["of"])
-        varied = entry.get("variance")
-        if varied is not None:
-            channels = variances[varied["channels"]]
-            assert channels is not None
-            share = channels.sigmoid() if settings["sigmoid"] else channels
-            factors[varied["noise"]] = factors[varied["noise"]] * (varied["log_ratio"] * share).exp()
-        result = sum((factor * values[name] for name, factor in factors.items()), torch.zeros((), device=device))
-        if "estimate" in entry:
-            name = entry["estimate"]
-            values[name], channels = estimate(result, entry["sigma"], entry["guided"])
-            variances = {name: channels}
-        else:
-            values[entry["image"]] = result
-        values = {name: value for name, value in values.items() if last_use.get(name, -1) > index}
-    return result
-
-
-def _inputs(
-    settings: Mapping[str, Any],
-    text: Tensor | None,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    low_res: Tensor | None,
-    shape: tuple[int, int],
-    noise: Noise,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """What the network of a stage reads beside the noisy image, but for which of it is kept."""
-    inputs: dict[str, Tensor] = {}
-    if "text" in settings["conditions"]:
-        assert text is not None
-        assert mask is not None
-        if list(text.shape[2:]) != settings["text_shape"]:
-            raise ValueError(
-                f"prompt_embeds: {list(text.shape[2:])} wide, this cascade reads {settings['text_shape']}"
-            )
-        tokens = slice(settings["max_tokens"])
-        inputs |= {"text": text[:, tokens], "text_mask": mask[:, tokens]}
-    if "labels" in settings["conditions"]:
-        unknown = torch.full((len(noise.generators),), -1)
-        inputs["labels"] = (unknown if labels is None else labels).to(device)
-    if low_res is not None:
-        image_noise = noise.normal((settings["channels"], *shape), device)
-        inputs["low_res"] = _noised(settings["low_res"], low_res, image_noise)
-        inputs["low_res_noise"] = torch.full((len(low_res),), float(settings["low_res"]["c_noise"]), device=device)
-    return inputs
-
-
-def _noised(settings: Mapping[str, Any], low_res: Tensor, noise: Tensor) -> Tensor:
-    """The low-resolution image in the size of `noise`, scale * (image + sigma * noise)."""
-    shape, sigma, scale = (noise.shape[-2], noise.shape[-1]), settings["sigma"], settings["scale"]
-    if settings["noise_first"]:
-        noise = noise[..., : low_res.shape[-2], : low_res.shape[-1]]
-        return _upsample(scale * (low_res + sigma * noise), shape, settings["upsampling"])
-    upsampled = _upsample(low_res, shape, settings["upsampling"])
-    return upsampled if sigma is None else scale * (upsampled + sigma * noise)
-
-
-def _upsample(image: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    if image.shape[-2:] == shape:
-        return image
-    if mode == "cubic_reflect":
-        return _cubic_reflect(image, shape)
-    if mode == "nearest":
-        return F.interpolate(image, size=shape, mode="nearest-exact").clamp(-1, 1)
-    smaller = image.shape[-1] > shape[-1]
-    if mode == "bicubic_unclipped":
-        return F.interpolate(image, size=shape, mode="bicubic", antialias=smaller)
-    return F.interpolate(image, size=shape, mode=mode, antialias=smaller).clamp(-1, 1)
-
-
-def _cubic_reflect(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Bicubic upsampling by a whole factor, of the image reflected at its edges."""
-    height, width = image.shape[-2:]
-    factor, margin = shape[1] // width, min(3, width - 1, height - 1)
-    padded = F.pad(image, (margin,) * 4, mode="reflect")
-    rows, columns = (slice(factor * margin, factor * (margin + side)) for side in (height, width))
-    size = (factor * (height + 2 * margin), factor * (width + 2 * margin))
-    return F.interpolate(padded, size, mode="bicubic", antialias=True)[..., rows, columns].clamp(-1, 1)
-
-
-def _guided(
-    network: Any,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Tensor],
-    scale: float | None,
-    count: Callable[[], object],
-) -> Estimate:
-    """The network with classifier-free guidance and threshold."""
-    weights = settings["guidance"] | ({} if scale is None else {"text": scale})
-    guided, plain = _terms(settings["conditions"], weights), [(1.0, frozenset[str]())]
-
-    def estimate(x: Tensor, sigma: float, is_guided: bool) -> tuple[Tensor, Tensor | None]:
-        total, variance = torch.zeros_like(x), None
-        level = torch.full((len(x),), sigma, device=x.device)
-        for index, (weight, dropped) in enumerate(guided if is_guided else plain):
-            given = dict(inputs)
-            for name in ("text", "labels"):
-                given[f"{name}_keep"] = torch.full((len(x),), name not in dropped, device=x.device)
-            if "low_res" in dropped:
-                given["low_res"] = torch.zeros_like(given["low_res"])
-            found, channels = network(x, level, **given)
-            total, variance = total + weight * found, channels if index == 0 else variance
-        count()
-        return _threshold(total, settings["threshold"]), variance
-
-    return estimate
-
-
-def _terms(conditions: Sequence[str], weights: Mapping[str, float]) -> list[tuple[float, frozenset[str]]]:
-    """Weight and dropped conditions of each estimate: D_none + sum of w_i (D_with_i - D_without_i)."""
-    terms: list[tuple[float, frozenset[str]]] = []
-    dropped, before = frozenset[str](), 0.0
-    for condition in conditions:
-        terms.append((weights[condition] - before, dropped))
-        dropped, before = dropped | {condition}, weights[condition]
-    terms.append((1 - before, dropped))
-    return [(weight, without) for weight, without in terms if weight != 0]
-
-
-def _threshold(x0: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Clips an estimate: to [-1, 1], or dynamically (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
-    if settings["kind"] == "none":
-        return x0
-    if settings["kind"] == "static":
-        return x0.clamp(-1, 1)
-    limit = torch.quantile(x0.abs().flatten(1), settings["percentile"], dim=1).clamp(min=1, max=settings["cap"])
-    limit = limit[:, None, None, None]
-    return x0.clamp(-limit, limit) / limit
-
-
-def _mix(seed: int, stage: int) -> int:
-    """The seed of one stage's generator."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:8], "big") >> 1

@@ -45,6 +45,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "init_residual": True,
         "out_kernel_size": 1,
     },
+    "imported": {
+        "memory_efficient": True,
+        "convs_after": True,
+        "level_activation": "gelu",
+        "init_kernels": (5,),
+        "middle_cross_num_heads": 1,
+        "middle_cross_head_dim": 4,
+        "middle_transformer_depth": 2,
+        "perceiver_num_latents": 5,
+        "perceiver_num_heads": 3,
+        "perceiver_head_dim": 4,
+        "combine_up_features": True,
+        "combine_at": "full",
+    },
     "linear_attention": {"attention_levels": (True, "linear"), "cross_attention_levels": (True, "linear")},
     "other_options": {
         "transformer_depth": (1, 2),
@@ -269,6 +283,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         model(x, c_noise, Conditioning())
     with pytest.raises(ValidationError, match="attention_levels has 1 entries for 2 levels"):
         config(attention_levels=(True,))
+    with pytest.raises(ValidationError, match=r"convs_after is for models with memory_efficient"):
+        config(convs_after=True)
+    with pytest.raises(ValidationError, match=r"init_kernels must rise and be odd \(got \(7, 3\)\)"):
+        config(init_kernels=(7, 3))
     with pytest.raises(ValidationError, match=r"unread_caption_parameters is for models without captions"):
         config(unread_caption_parameters=True)
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagen_core.store import StoreError
+from imagen_core.diffusion import Denoiser
+from imagen_core.store import Mixture, Store, StoreError
 from imagen_core.train import StoreLostError, TrainError, TrainingStart, train
 from imagen_core.train.data.store import open_store, opened_again
 from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
+from imagen_core.train.evaluation import validation_loss
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.store.caption_sets_added import add_caption_sets
-from tests.imagen_core.train.small import first_batch, make_config, make_store
+from tests.imagen_core.train.small import first_batch, make_config, make_context, make_store
 
 
 def brief(shard: int, row: int) -> list[str]:
@@ -97,6 +99,56 @@ def test_a_start_tells_the_shares_of_the_sets(sets: Path, tmp_path: Path) -> Non
     train(make_config(sets, num_steps=2, captions={"long": 1.0}), tmp_path / "run", on_start=shown.append)
     assert shown[1].captions == {}
     assert shown[1].changes == ("captions: null -> (absent)", "captions.long: (absent) -> 1.0", "num_steps: 1 -> 2")
+
+
+def test_each_store_of_a_mixture_may_have_weights_of_its_own(sets: Path, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other" / "store")
+    add_caption_sets(other, {"brief": brief, "more": brief}, {"long": 0.0, "brief": 1.0, "more": 0.0})
+    validation = {"num_samples": 4, "every_steps": 1}
+
+    def mixed(a: dict[str, float] | None, b: dict[str, float] | None, captions: dict[str, float] | None = None):
+        shares = [{"path": str(sets), "name": "a", "captions": a}, {"path": str(other), "name": "b", "captions": b}]
+        return make_config(None, stores=shares, batch_size=40, validation=validation, captions=captions)
+
+    long, short = {"long": 1.0}, {"brief": 1.0}
+    config = mixed(long, None)
+    batch = first_batch(config)
+    of_b = is_brief(batch.raw["text"])
+    assert sum(of_b) == 20, "all samples of b, and none of a"
+    found = first_batch(mixed(short, long))
+    assert found.keys == batch.keys
+    assert is_brief(found.raw["text"]) == [not each for each in of_b]
+    assert not any(is_brief(first_batch(mixed(long, long, short)).raw["text"]))
+    assert all(is_brief(first_batch(mixed(None, None, short)).raw["text"]))
+    context = make_context(config, Denoiser(config.denoiser).double())
+    alone = make_context(make_config(sets, captions=long, validation=validation), context.denoiser)
+    assert validation_loss(context, "a") == pytest.approx(validation_loss(alone, store_name(sets)))
+    with pytest.raises(TrainError, match=r"captions: store .*: caption set 'more' is not in the store"):
+        open_stores(mixed({"more": 1.0}, None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": {"long": 0.0}}, "stores.0.captions: all weights are 0"),
+        ({"captions": {"long": -1.0}}, "stores.0.captions.long"),
+    ],
+)
+def test_weights_of_a_store_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        make_config(None, stores=[{"path": "a", **changes}, {"path": "b"}])
+
+
+def test_a_mixture_in_python_takes_weights_by_store(sets: Path) -> None:
+    one = Store.open(sets)
+    stores, weights, own = {"a": one, "b": Store.open(sets)}, {"a": 1.0, "b": 1.0}, {"b": {"brief": 1.0}}
+    loader = Mixture(stores, weights, caption_sets=own).loader(
+        20, text="t5", captions=True, caption_sets={"long": 1.0}
+    )
+    batch = next(iter(loader))
+    assert sum(caption.startswith("brief") for caption in batch["captions"]) == 10
+    with pytest.raises(ValueError, match="weights, samples and caption_sets must name the stores a, b"):
+        Mixture(stores, weights, caption_sets={"c": {"brief": 1.0}})
 
 
 def store_name(path: Path) -> str:

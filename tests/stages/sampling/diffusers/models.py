@@ -61,7 +61,7 @@ def denoiser(unet: dict[str, Any], size_px: int = 16, **settings: Any) -> Denois
     built = Denoiser(DenoiserConfig.model_validate({"size_px": size_px, "unet": unet, **settings}))
     generator = torch.Generator().manual_seed(0)
     for parameter in built.parameters():
-        torch.nn.init.normal_(parameter, std=0.06, generator=generator)
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return built.eval()
 
 

@@ -16,10 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from imagen_core.cascade import Cascade
+from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
+from imagen_core.train import LoadedDenoiser
 from stages.sampling.cascade import load_cascade
 from stages.sampling.config import SampleStageConfig
 from stages.sampling.diffusers import export
+from stages.sampling.diffusers.card import model_card
+from stages.sampling.diffusers.encoder import ExportedEncoder
 from tests.commands import call, tree
 from tests.stages.sampling.diffusers.models import (
     DISCRETE,
@@ -38,7 +41,13 @@ OUTSIDE = Path(__file__).with_name("outside.py")
 LOW_RES = {"low_res_px": 16, "low_res_noise": {"kind": "lognormal"}}
 SAMPLING = [
     {"num_steps": 5, "guidance": {"text": 3.0}},
-    {"num_steps": 4, "sampler": {"kind": "heun"}, "guidance": {"text": 2.0, "low_res": 1.5}, "low_res_sigma": 0.1},
+    {
+        "num_steps": 4,
+        "sampler": {"kind": "heun"},
+        "grid": {"kind": "karras", "sigma_max": 10.0},  # from 80 in 4 steps rounding alone would be 1e-4
+        "guidance": {"text": 2.0, "low_res": 1.5},
+        "low_res_sigma": 0.1,
+    },
 ]
 
 
@@ -84,11 +93,17 @@ def captions(folder: Path, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [EFFICIENT, REGULAR, HYBRID], ids=["efficient", "regular", "hybrid"])
-def test_a_process_without_this_package_generates_the_same_images(tmp_path: Path, base: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("base", "upsampling"),
+    [(EFFICIENT, "bicubic"), (REGULAR, "bilinear_corners"), (HYBRID, "cubic_reflect")],
+    ids=["efficient", "regular", "hybrid"],
+)
+def test_a_process_without_this_package_generates_the_same_images(
+    tmp_path: Path, base: dict[str, Any], upsampling: str
+) -> None:
     places = [
         save(tmp_path / "base", denoiser(base), ENCODER),
-        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES), ENCODER),
+        save(tmp_path / "sr", denoiser(EFFICIENT | SUPER, 32, **LOW_RES, low_res_upsampling=upsampling), ENCODER),
     ]
     config = sampling_file(tmp_path, SAMPLING)
     result = call("export", *places, "--to", "diffusers", "--out", str(tmp_path / "out"), "--sampling", config)
@@ -142,7 +157,14 @@ def test_prompts_give_the_images_of_run_sample(trained: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_folder_says_what_it_is(trained: Path) -> None:
     out = trained / "out"
-    assert {"README.md", "model_index.json", "pipeline.py", "stage_1/network.py", "stage_2/config.json"} <= tree(out)
+    assert {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "cascade_sampling.py",
+        "stage_1/network.py",
+        "stage_2/config.json",
+    } <= tree(out)
     index = json.loads((out / "model_index.json").read_text())
     assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
     card = (out / "README.md").read_text()
@@ -166,6 +188,28 @@ def test_the_chosen_weights_are_exported(trained: Path, tmp_path: Path) -> None:
     with safe_open(out / "stage_1" / "diffusion_pytorch_model.safetensors", framework="pt") as tensors:
         assert all(torch.equal(tensors.get_tensor(name), value) for name, value in expected.state_dict().items())
     assert "model of step 6" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("unet", "more", "call_shown"),
+    [
+        (EFFICIENT, {}, "pipe(prompt_embeds=EMBEDDINGS, seed=0)"),
+        (EFFICIENT | {"text_dim": None, "attention_type": "self"}, {}, "pipe(seed=0)"),
+        (
+            EFFICIENT | SUPER | {"text_dim": None, "attention_type": "self", "num_classes": 3},
+            LOW_RES,
+            'pipe(labels=[0], image=[Image.open("small.png")], seed=0)',
+        ),
+    ],
+)
+def test_the_card_shows_the_call_that_the_cascade_takes(
+    unet: dict[str, Any], more: dict[str, Any], call_shown: str
+) -> None:
+    one = CascadeStage(denoiser(unet, 32, **more), SamplingConfig())
+    trained_on = LoadedDenoiser(one.denoiser, None, {}, 7, "model", "", 12)
+    card = model_card([one], [trained_on], ExportedEncoder())
+    assert call_shown in card
+    assert ("from PIL import Image" in card) == ("Image.open" in call_shown)
 
 
 def refused(work: Path, *arguments: str, out: str = "out") -> str:

@@ -17,6 +17,7 @@ SAMPLERS: list[dict[str, Any]] = [
     {"kind": "dpmpp_2m"},
     {"kind": "ddim"},
     {"kind": "ddim", "eta": 0.5},
+    {"kind": "ddim", "eta": 0.5, "kept_noise": "of_network"},
     {"kind": "euler", "churn": 0.2, "churn_sigma_max": 5.0},
     {"kind": "heun"},
     {"kind": "plms", "ddim_first_steps": 1},
@@ -42,7 +43,10 @@ def follow(table: list[dict[str, Any]], denoise: Any, noise: SeededNoise, share:
                     term = term * torch.exp(varied["log_ratio"] * share(said[varied["channels"]]))
                 total += term
             if "estimate" in entry:
-                at[entry["estimate"]], said[entry["estimate"]] = denoise(total, torch.tensor(entry["sigma"]).double())
+                before, said[entry["estimate"]] = denoise(total, torch.tensor(entry["sigma"]).double())
+                at[entry["estimate"]] = clip(before)
+                if "unclipped" in entry:
+                    at[entry["unclipped"]] = before
             else:
                 at[entry["image"]] = total
     return at[table[-1]["image"]]
@@ -52,14 +56,17 @@ def with_variance(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return (x / (1 + sigma**2).sqrt()).tanh(), (3 * x / (1 + sigma)).sin()
 
 
+def clip(estimate: Tensor) -> Tensor:
+    return estimate.clamp(-0.7, 0.7)
+
+
 def both(of: CascadeStage, share: Any = None) -> tuple[Tensor, Tensor]:
     diffusion, settings = of.config.diffusion, of.sampling
     sigmas = settings.grid.sigmas(diffusion.schedule, settings.num_steps)
-    denoise = GuidedDenoiser(with_variance, diffusion)
+    denoise = GuidedDenoiser(with_variance, diffusion, clip)
     shape, noise = (3, 4, 4), SeededNoise([0, 1])
-    expected = sample(
-        settings.sampler, denoise, sigmas, noise, shape, dtype=torch.float64, schedule=diffusion.schedule
-    )
+    options = {"dtype": torch.float64, "start": settings.start, "schedule": diffusion.schedule}
+    expected = sample(settings.sampler, denoise, sigmas, noise, shape, **options)
     return follow(sampling_table(of), with_variance, SeededNoise([0, 1]), share), expected
 
 
@@ -67,6 +74,23 @@ def both(of: CascadeStage, share: Any = None) -> tuple[Tensor, Tensor]:
 def test_the_table_of_each_sampler_gives_its_images(sampler: dict[str, Any]) -> None:
     found, expected = both(stage(REGULAR, {"sampler": sampler, "num_steps": 9}))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_size_of_the_first_noise_is_in_the_table() -> None:
+    sampling = {"start": "unit_variance", "num_steps": 3, "grid": {"kind": "karras", "sigma_max": 2.0}}
+    of = stage(REGULAR, sampling)
+    found, expected = both(of)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    first = next(entry["of"] for entry in sampling_table(of) if "estimate" in entry)
+    assert list(first.values()) == pytest.approx([5**0.5])
+
+
+def test_only_a_sampler_that_reads_them_has_estimates_before_the_threshold() -> None:
+    def names(sampler: dict[str, Any]) -> set[str]:
+        return {name for entry in sampling_table(stage(REGULAR, {"sampler": sampler})) for name in entry}
+
+    assert "unclipped" in names({"kind": "ddim", "kept_noise": "of_network"})
+    assert "unclipped" not in names({"kind": "ddim"})
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_range_sigmoid"])
