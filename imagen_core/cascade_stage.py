@@ -156,7 +156,7 @@ def sample_stage(
     """
     denoiser, settings = stage.denoiser, stage.sampling
     weight = next(denoiser.parameters())
-    shape = (stage.config.shape[0], *size)
+    shape, schedule = (stage.config.shape[0], *size), denoiser.config.diffusion.schedule
     for condition in set(get_args(Condition)) - stage.conditions:
         conditioning = conditioning.without_inputs(condition)
     conditioning = conditioning.map_text(lambda tokens: tokens[:, : stage.max_tokens])
@@ -166,7 +166,6 @@ def sample_stage(
         conditioning = denoiser.with_sampling_low_res(
             conditioning, low_res, noise.normal(shape, weight.device, weight.dtype), settings.low_res_sigma
         )
-    schedule = denoiser.config.diffusion.schedule
     sigmas, latent, start = settings.grid.sigmas(schedule, settings.num_steps), None, settings.start
     init_image = None if init_image is None else upsample(init_image, size)
     if encode_init and init_image is not None:

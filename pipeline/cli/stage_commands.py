@@ -1,5 +1,6 @@
 """The commands of the stages, for stores and trained models; the stages are imported when a command runs."""
 
+import inspect as introspection
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -104,15 +105,28 @@ def import_(
     encoder_model: Annotated[
         str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
     ] = None,
+    flags: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For adm: the flags of a model's command, one --flags for each PATH; or in PATH's .flags file."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make checkpoints of another system's trained model; `pipeline run sample` samples from them."""
     from pipeline.config import local_path
+    from pipeline.errors import ConfigError
     from pipeline.workflow import load_import
 
     for path in paths:
         local_path(path, "PATH")
-    _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
+    function = load_import(kind)
+    options: dict[str, object] = {"out": out, "encoder_model": encoder_model}
+    if flags:
+        if "flags" not in introspection.signature(function).parameters:
+            raise ConfigError(f"--flags: models of {kind} have none; leave it out")
+        options["flags"] = flags
+    _show(function, paths, as_json, **options)
 
 
 def show_stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:
