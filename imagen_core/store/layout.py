@@ -34,6 +34,7 @@ SCHEMA_VERSION = 2
 LAYERS_SCHEMA_VERSION = 3  # of a store with layers, or with several scales per token: earlier versions misread it
 OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
 MANIFEST_NAME = "manifest.json"
+CARD_NAME = "README.md"  # of a store that `pipeline pull` got from a hub
 LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
 SAMPLES_GROUP = "samples"
 ORIGINAL_CAPTIONS = "original"  # the set of captions in `samples`, where the source gave it no name

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imagen_core.train import CheckpointError, LoadedDenoiser, load_checkpoint
+from imagen_core.train.checkpoints.checkpoint import SHARED
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 
@@ -14,8 +15,8 @@ _SETTINGS = "settings"
 
 
 def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
-    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), or a file of `export_model`;
-    a path or a URL.
+    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), a file of `export_model`, or
+    a folder that `pipeline pull` made of one; a path or a URL.
 
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
@@ -27,6 +28,8 @@ def load_checkpoint_from(place: str, weights: str | None) -> LoadedDenoiser:
         return _of_file(place, weights)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
+    if folder is None and SHARED in names:
+        return _of_file(f"{place.rstrip('/')}/{SHARED}", weights)
     if folder is None:
         raise CheckpointError(
             f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"

@@ -34,6 +34,9 @@ _FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
 STATE = "state.json"
 """Written last into a checkpoint's folder, and removed first: a folder without it is no checkpoint."""
+SHARED = "model.safetensors"
+"""The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
+configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
 
@@ -200,7 +203,8 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
     """A trained stage.
 
     Args:
-        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), or a file of `write_model`.
+        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), a file of `write_model`, or a
+            folder with such a file `model.safetensors`, as `pipeline pull` makes it.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
     Raises:
         CheckpointError: there is none, it is damaged, or has no such weights.
@@ -209,6 +213,8 @@ def load_checkpoint(path: Path, weights: str | None = None) -> LoadedDenoiser:
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
+        if not found and (path / SHARED).is_file():
+            return _load_file(path / SHARED, weights)
         if not found:
             raise CheckpointError(
                 f"{path}: has no checkpoint; give the --out of a `pipeline run train`, or a step-... folder"
