@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 
 _RECIPE = ("template", "drop_prefix", "layers", "join", "final_norm", "pads", "padding_side", "cleaning", "empty")
 """Settings of an encoder's fingerprint that a card names where they are set."""
-_ENCODERS = (
-    "encoder",
-    "model",
-    "revision",
-    "recipe",
-    "compute dtype",
-    "stored dtype",
-    "width",
-    "max tokens",
-    "sha256",
-)
-_MADE_WITH = "[imagen-precompute](https://pypi.org/project/imagen-precompute/)"
+_ENCODERS = ("encoder", "model", "revision", "recipe", "compute dtype", "dtype", "width", "max tokens", "fingerprint")
+_MADE_WITH = "imagen-precompute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +76,7 @@ def store_card(facts: StoreFacts, repo: str, license: str) -> str:
         "## Groups\n\n" + _table(("group", "is", "size"), groups),
         *_encoder_sections(_distinct(encoders), facts.recipes),
         "## How to use it\n\n"
-        + _block(
-            "sh", f"pipeline pull {repo} --out STORE   # verified; the same command resumes\npipeline verify STORE"
-        )
+        + _block("sh", f"pipeline pull {repo} --out STORE\npipeline verify STORE")
         + "\n\n"
         + _block("python", example)
         + "\n\nThe dataset viewer shows the table `samples` alone: keys, captions and sizes. Rows that the manifest "
@@ -160,13 +148,13 @@ def model_card(model: "LoadedDenoiser", item: Item, repo: str, license: str) -> 
     ]
     captions = model.encoder
     records = [captions] if isinstance(captions, Mapping) else list(captions or ())
-    records += model.embed_encoders.values()
+    records = [*records, *model.embed_encoders.values()]
     encoders = [(each["name"], each["dtype"], each["dim"], each["fingerprint"]) for each in records]
-    sample = f"pipeline run sample --out images 'stages=[{{checkpoint: MODEL}}]' 'prompts=[a red fox in the snow]'"
+    sample = "pipeline run sample --out images 'stages=[{checkpoint: MODEL}]' 'prompts=[a red fox in the snow]'"
     if low_res is not None:
         sample = sample.replace("{checkpoint: MODEL}", "{checkpoint: BASE}, {checkpoint: MODEL}")
     body = [
-        f"A text-to-image diffusion model of {_MADE_WITH}: weights and configuration in `{MODEL.head}`, without pickle.",
+        f"A text-to-image diffusion model of {_MADE_WITH}: `{MODEL.head}` has its weights and configuration.",
         _table(("", ""), rows),
         *_encoder_sections(encoders, {}),
         "## How to use it\n\n"

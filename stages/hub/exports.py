@@ -66,8 +66,8 @@ def export_package(place: str, storage: Storage) -> Package:
         try:
             if (digest := file_digest(copy)) != item.sha256:
                 raise ConfigError(
-                    f"{storage.url}/{item.name}: has sha256 {digest}, but {item.sha256} was written, so it was changed "
-                    "since; delete it and export again"
+                    f"{storage.url}/{item.name}: has sha256 {digest}, but {item.sha256} was written, so it was "
+                    "changed since; delete it and export again"
                 )
             yield copy
         finally:

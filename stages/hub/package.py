@@ -26,6 +26,11 @@ class Form:
     repo_type: RepositoryType
     head: str
 
+    @property
+    def words(self) -> str:
+        """The name with its article."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
+
 
 STORE = Form("store", "dataset", "manifest.json")
 EXPORT = Form("export", "dataset", "data/store.json")

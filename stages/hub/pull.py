@@ -61,7 +61,8 @@ def pull_command(repo: str, *, out: str, revision: str | None = None) -> Command
     if bad:
         _forget(folder, bad)
         raise UnavailableError(
-            f"{repo}: {len(bad)} files are missing or came damaged, the first {bad[0]}; the same command gets them again"
+            f"{repo}: {len(bad)} files are missing or came damaged, the first {bad[0]}; the same command gets "
+            "them again"
         )
     details = _check_store(folder, remote, files) if form is STORE else []
     if not is_there:
@@ -116,8 +117,8 @@ def _form_of(remote: Remote, files: Collection[str]) -> Form:
             return form
     heads = " or ".join(form.head for form in FORMS if form.repo_type == remote.repo_type)
     raise ConfigError(
-        f"{remote.name}: has no {heads}, so it is not complete, or nothing that `pipeline push` made; if a push is not "
-        "finished, wait for it"
+        f"{remote.name}: has no {heads}, so it is not complete, or nothing that `pipeline push` made; if a push is "
+        "not finished, wait for it"
     )
 
 
@@ -167,7 +168,8 @@ def _check_store(folder: Path, remote: Remote, files: "dict[str, RepoFile]") -> 
                 store.check_bytes(entry)
     except StoreError as error:
         raise MachineError(
-            f"{remote.name}: the files on the hub do not fit its manifest ({error}); whoever pushed it has to do it again"
+            f"{remote.name}: the files on the hub do not fit its manifest ({error}); whoever pushed it has to push "
+            "it again"
         ) from error
     return [f"{manifest.num_samples} samples in {manifest.num_shards} shards, manifest {manifest.sha256}"]
 

@@ -65,7 +65,7 @@ def push_command(
     package = open_package(path, weights)
     repo_type = package.form.repo_type
     if kind not in (None, repo_type):
-        raise ConfigError(f"REPO {repo}: is a {kind}, but a {package.form.name} is pushed as a {repo_type}")
+        raise ConfigError(f"REPO {repo}: is a {kind}, but {package.form.words} is pushed as a {repo_type}")
     remote = Remote(connect(), name, repo_type, revision or "main")
     with hub_errors(repo, revision):
         _create(remote, private=private)
@@ -156,8 +156,8 @@ def _refuse_other_form(remote: Remote, package: Package, there: Mapping[str, Any
     for form in FORMS:
         if form.repo_type == remote.repo_type and form is not package.form and form.head in there:
             raise ConfigError(
-                f"REPO {remote.name}: has a {form.name} ({form.head}), and this is a {package.form.name}; give another "
-                "repository, or another --revision"
+                f"REPO {remote.name}: holds {form.words} ({form.head}), and this is {package.form.words}; give "
+                "another repository, or another --revision"
             )
 
 

@@ -96,10 +96,8 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except PipelineError:
         raise
     except errors.OfflineModeIsEnabled as error:
-        raise MachineError(
-            f"{repo}: the hub is switched off (HF_HUB_OFFLINE); unset that, and run it again"
-        ) from error
-    except (http_error, errors.LocalEntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+        raise MachineError(f"{repo}: HF_HUB_OFFLINE is set; unset it, and run the same again") from error
+    except (http_error, OSError, RuntimeError, ValueError, AttributeError) as error:
         raise _explained(error, repo, revision, http_error) from error
 
 
@@ -110,17 +108,23 @@ def _explained(error: Exception, repo: str, revision: str | None, http_error: ty
     answer = next((each for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
     if answer is not None:
         return _answered(answer, repo, revision)
-    if any(isinstance(each, http_error | ConnectionError | TimeoutError) for each in chain):
-        return UnavailableError(f"{repo}: the hub could not be reached ({first_line(error)}); run the same again")
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return UnavailableError(f"{repo}: the hub could not be reached ({first_line(error)}); run the same again")
-    if isinstance(error, OSError):
-        return error  # of the disk, which the command line explains
+    unreached = (http_error, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
+    if any(isinstance(each, unreached) or _is_closed_session(each) for each in chain):
+        return UnavailableError(f"{repo}: the hub could not be reached ({first_line(chain[-1])}); run the same again")
+    if isinstance(error, OSError | AttributeError):
+        return error  # of the disk, which the command line explains; or a fault of the code
     if isinstance(error, ValueError):
         text = " ".join(str(error).split())
-        remedy = "give a --license that the hub knows" if "README" in text else "mend that, and run the same again"
+        remedy = "give a --license that the hub knows" if "license" in text else "mend that, and run the same again"
         return ConfigError(f"{repo}: the hub does not take it: {text}; {remedy}")
     return MachineError(f"{repo}: {first_line(error)}; run the same again, and with --debug for more")
+
+
+def _is_closed_session(error: BaseException) -> bool:
+    """Whether another thread closed the session of huggingface_hub, as it does when a connection fails."""
+    if isinstance(error, AttributeError):
+        return error.obj is None and error.name in ("request", "stream")
+    return isinstance(error, RuntimeError) and "client has been closed" in str(error)
 
 
 def _answered(error: "HfHubHTTPError", repo: str, revision: str | None) -> Exception:

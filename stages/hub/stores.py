@@ -90,8 +90,8 @@ def _as_config_error() -> Iterator[None]:
 
 
 def _scan(folder: StoreFolder, manifest: Manifest, removals: Sequence[Removal]) -> tuple[Counter[str] | None, int]:
-    """How many input rows were dropped, by reason (None: of schema 1, which does not say), and how many removed samples
-    are in the files."""
+    """How many input rows were dropped, by reason (None: of schema 1, which does not say), and how many removed
+    samples are in the files."""
     coverage, hidden = Coverage(manifest), 0
     for shard in manifest.shards():
         if SAMPLES_GROUP not in shard.files:
