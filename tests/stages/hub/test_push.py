@@ -1,8 +1,8 @@
 import json
-import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,18 @@ from imagen_core.store import Store
 from stages.hub import push
 from tests.commands import call, tree
 from tests.hub_server import READER, WRITER, Blob, Hub, Repository
-from tests.runs import REPOSITORY, SMALL, command, precompute, store_bytes
+from tests.runs import REPOSITORY, SMALL, precompute, store_bytes
 
 DATASET = "datasets/me/scenes"
 NUM_LARGE = 13
 """Files of the small store that the hub stores as large: 4 groups of 3 shards, and one null embedding."""
 
 
-def environment(hub: Hub) -> dict[str, str]:
-    """Of a process that talks to this hub."""
-    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}
+def talk_to(hub: Hub, *arguments: str) -> list[str]:
+    """A command line of its own process that talks to this hub; what the tests' guard sets is set again."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}
+    code = f"import os; os.environ |= {settings}; from pipeline.cli.main import main; main()"
+    return [sys.executable, "-c", code, *arguments]
 
 
 def metadata(card: bytes) -> dict:
@@ -83,14 +85,14 @@ def test_a_push_goes_on_where_it_ended(hub: Hub, small_run: Path, monkeypatch: p
 @pytest.mark.slow
 def test_a_killed_push_sends_only_the_rest_afterwards(hub: Hub, small_run: Path) -> None:
     hub.limit = 5
-    arguments = command("push", str(small_run), "me/scenes")
-    with subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(hub), stderr=subprocess.DEVNULL) as process:
+    arguments = talk_to(hub, "push", str(small_run), "me/scenes")
+    with subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as process:
         assert hub.hanging.wait(120)
         process.send_signal(signal.SIGKILL)
     sent = list(hub.uploads)
     assert 5 <= len(sent) < NUM_LARGE
     hub.limit = None
-    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment(hub), capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hub.uploads[: len(sent)] == sent
     assert len(hub.uploads) == len(set(hub.uploads)) == NUM_LARGE
