@@ -3,14 +3,17 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from unittest import mock
+from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
 WRITER, READER = "hf_writer0123456789", "hf_reader0123456789"
 _LARGE = (".parquet", ".h5", ".safetensors", ".tar", ".mds")
@@ -88,6 +91,9 @@ class Hub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def first_upload(self) -> None:
+        """Called when the first file has come; tests replace it."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that are killed are part of the tests."""
@@ -194,6 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
         more = {"Link": f'<{address}>; rel="next"'} if first + _PAGE < len(files) else {}
         self._json([_entry(path, files[path]) for path in page], **more)
 
+    def paths(self, kind: str, name: str, revision: str) -> None:
+        files = self._tree(self._repository(kind, name), revision)[1]
+        asked = [path for key, path in parse_qsl(self._body.decode()) if key == "paths"]
+        folders = {path for path in asked if any(file.startswith(f"{path}/") for file in files)}
+        found = [_entry(path, files[path]) for path in asked if path in files]
+        self._json([*found, *({"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders))])
+
     def preupload(self, kind: str, name: str, revision: str) -> None:
         files = self._tree(self._repository(kind, name, write=True), revision)[1]
         asked = json.loads(self._body)["files"]
@@ -224,6 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.objects[sha256] = data
             self.server.uploads.append(sha256)
+            if len(self.server.uploads) == 1:
+                self.server.first_upload()
         self._send(200, b"", {})
 
     def _hang(self, done: int) -> None:
@@ -302,12 +317,29 @@ _ROUTES = (
     ("GET", rf"/api/{_KIND}/{_REPO}", _Handler.info),
     ("GET", rf"/api/{_KIND}/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
     ("GET", rf"/api/{_KIND}/{_REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("POST", rf"/api/{_KIND}/{_REPO}/paths-info/(?P<revision>.+)", _Handler.paths),
     ("POST", rf"/api/{_KIND}/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/api/{_KIND}/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", rf"{_PREFIX}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/objects/(?P<sha256>[0-9a-f]{64})", _Handler.upload),
     ("GET", rf"{_PREFIX}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 )
+
+
+@contextmanager
+def local_hub(cache: Path) -> Iterator[Hub]:
+    """A hub that this process talks to, with the token of somebody who may write and an empty cache."""
+    from huggingface_hub import HfFileSystem, constants
+
+    with serve_hub() as hub:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        settings = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
+        HfFileSystem.clear_instance_cache()
+        with (
+            mock.patch.multiple(constants, HF_HUB_DISABLE_XET=True, **settings),
+            mock.patch.dict(os.environ, HF_TOKEN=WRITER),
+        ):
+            yield hub
 
 
 @contextmanager

@@ -77,6 +77,7 @@ def store_card(facts: StoreFacts, repo: str, license: str) -> str:
         *_encoder_sections(_distinct(encoders), facts.recipes),
         "## How to use it\n\n"
         + _block("sh", f"pipeline pull {repo} --out STORE\npipeline verify STORE")
+        + f"\n\nOr read it where it is, with `hf://datasets/{repo}` in the place of `STORE`."
         + "\n\n"
         + _block("python", example)
         + "\n\nThe dataset viewer shows the table `samples` alone: keys, captions and sizes. Rows that the manifest "

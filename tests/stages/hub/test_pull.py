@@ -4,6 +4,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from imagen_core.store import Store
@@ -39,6 +40,18 @@ def test_a_pulled_store_is_the_pushed_one_and_verifies(pushed: Hub, small_run: P
     verified = call("verify", str(out), "--json")
     assert (verified.code, json.loads(verified.out)["warnings"]) == (0, [])
     assert len(Store.open(out)) == 19
+
+
+def test_a_store_is_read_on_the_hub_too(pushed: Hub, small_run: Path) -> None:
+    far, near = Store.open(f"hf://{DATASET}"), Store.open(small_run / "store")
+    assert (len(far), far[7].captions) == (19, near[7].captions)
+    assert np.array_equal(far[7].images[48], near[7].images[48])
+    assert len(pushed.downloads) == 5, "the manifest and one file of each group"
+    verified = call("verify", f"hf://{DATASET}", "--json")
+    assert (verified.code, json.loads(verified.out)["warnings"]) == (0, [])
+    assert call("push", f"hf://{DATASET}", "me/copy").code == 0
+    copied = pushed.repositories["datasets/me/copy"].files()
+    assert {name: data for name, data in copied.items() if name != "README.md"} == store_bytes(small_run)
 
 
 def test_what_is_there_already_is_compared_and_not_downloaded_again(pushed: Hub, tmp_path: Path) -> None:

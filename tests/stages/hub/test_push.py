@@ -125,7 +125,9 @@ def test_the_card_says_what_the_store_is(hub: Hub, small_run: Path) -> None:
     assert rows["t5"][:7] == ["`tiny-random-t5`", "-", "none", "bfloat16", "float16", "64", "128"]
 
 
-def test_the_python_of_the_card_runs(hub: Hub, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_card_runs(
+    hub: Hub, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call("push", str(small_run), "me/scenes").code == 0
     card = hub.repositories[DATASET].files()["README.md"].decode()
     code = card.partition("```python\n")[2].partition("```")[0]
@@ -179,6 +181,32 @@ def test_removed_samples_are_not_pushed_until_they_are_erased(hub: Hub, copy_of_
     assert not any(sample.captions[0].encode() in data for data in files.values())
     kept = [data for commit in list(hub.repositories[DATASET].commits.values())[-1:] for data in commit.values()]
     assert all(blob.data not in {old[name] for name in gone} for blob in kept)
+
+
+def test_a_store_behind_a_url_is_pushed_and_compacted_nowhere_else(hub: Hub, small_run: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(small_run / "store"), "memory://far-push/store", recursive=True)
+    assert call("push", "memory://far-push", "me/scenes").code == 0
+    files = hub.repositories[DATASET].files()
+    assert {name: data for name, data in files.items() if name != "README.md"} == store_bytes(small_run)
+    key = Store.open(small_run / "store")[4].key
+    assert call("remove", "memory://far-push", "--key", key).code == 0
+    refused = call("push", "memory://far-push/store", "me/scenes")
+    assert (refused.code, "compact a local copy" in refused.err) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_changed_while_it_is_pushed_gets_no_manifest(
+    hub: Hub, copy_of_small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_of_small_run / "store"
+    key = Store.open(store)[4].key
+    remove = talk_to(hub, "remove", str(copy_of_small_run), "--key", key)
+    monkeypatch.setattr(hub, "first_upload", lambda: subprocess.run(remove, cwd=REPOSITORY, check=True))
+    result = call("push", str(copy_of_small_run), "me/scenes")
+    assert (result.code, "was changed while it was pushed" in result.err) == (2, True)
+    assert "manifest.json" not in hub.repositories[DATASET].files()
 
 
 @pytest.mark.slow
