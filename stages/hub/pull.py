@@ -40,7 +40,7 @@ def pull_command(repo: str, *, out: str, revision: str | None = None) -> Command
         MachineError: the token is missing or may not do it, or the repository itself is damaged.
         UnavailableError: the hub cannot be reached, or bytes were damaged on their way; the same command goes on.
     """
-    target = local_path(out, "--out")
+    target = local_path(out, "--out").absolute()
     check_above(target, out)
     if target.exists() and not target.is_dir():
         raise ConfigError(f"--out {out}: is a file; give a new folder")
@@ -50,7 +50,7 @@ def pull_command(repo: str, *, out: str, revision: str | None = None) -> Command
         files = {path: file for path, file in remote.files().items() if path != _IGNORED}
     form = _form_of(remote, files)
     is_there = target.exists() and any(target.iterdir())
-    folder = target if is_there else target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")
+    folder = target if is_there else target.with_name(f"{TEMPORARY_MARK}{target.name}")
     if not is_there:
         make_folder(folder)
         with hub_errors(repo, revision):

@@ -98,10 +98,14 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise MachineError(f"{repo}: HF_HUB_OFFLINE is set; unset it, and run the same again") from error
     except (http_error, OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise _explained(error, repo, revision, http_error) from error
+        explained = _explained(error, repo, revision, http_error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
-def _explained(error: Exception, repo: str, revision: str | None, http_error: type[Exception]) -> Exception:
+def _explained(error: Exception, repo: str, revision: str | None, http_error: type[Exception]) -> PipelineError | None:
+    """The error to show; None for one of the disk, which the command line explains, or a fault of the code."""
     from huggingface_hub import errors
 
     chain = list(_chain(error))
@@ -112,7 +116,7 @@ def _explained(error: Exception, repo: str, revision: str | None, http_error: ty
     if any(isinstance(each, unreached) or _is_closed_session(each) for each in chain):
         return UnavailableError(f"{repo}: the hub could not be reached ({first_line(chain[-1])}); run the same again")
     if isinstance(error, OSError | AttributeError):
-        return error  # of the disk, which the command line explains; or a fault of the code
+        return None
     if isinstance(error, ValueError):
         text = " ".join(str(error).split())
         remedy = "give a --license that the hub knows" if "license" in text else "mend that, and run the same again"
@@ -127,7 +131,7 @@ def _is_closed_session(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "client has been closed" in str(error)
 
 
-def _answered(error: "HfHubHTTPError", repo: str, revision: str | None) -> Exception:
+def _answered(error: "HfHubHTTPError", repo: str, revision: str | None) -> PipelineError:
     from huggingface_hub import errors, get_token
 
     status = error.response.status_code
