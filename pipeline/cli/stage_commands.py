@@ -97,6 +97,51 @@ def report(
     show_stage_command("report", run_or_store, as_json)
 
 
+@stage_commands.command()
+def push(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A store, a run folder, an export of a store, a training, a checkpoint, a .safetensors file of "
+            "`pipeline export`, or a folder for diffusers.",
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="USER/NAME: a dataset for stores and exports, else a model.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none. Default: main.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence for the card, as the hub names it: cc-by-4.0 ... Default: that of the card."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of a training: `model`, or an average such as ema-0.9999. Default: the slowest average."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a store or a model on the Hugging Face hub, with a card. The same command again uploads only what is not
+    there. The token is that of `hf auth login`, or of HF_TOKEN."""
+    options = {"repo": repo, "revision": revision, "license": license, "private": private, "weights": weights}
+    show_stage_command("push", path, as_json, **options)
+
+
+@stage_commands.command()
+def pull(
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="REPO", help="USER/NAME, or datasets/USER/NAME or models/USER/NAME."),
+    ],
+    out: Annotated[str, typer.Option(help="New folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Get a store or a model from the Hugging Face hub, and verify it. The same command again resumes."""
+    show_stage_command("pull", repo, as_json, out=out, revision=revision)
+
+
 @stage_commands.command("import")
 def import_(
     kind: Annotated[str, typer.Argument(help="Which system's model it is; an unknown KIND lists the available ones.")],

@@ -47,6 +47,9 @@ _FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
 STATE = "state.json"
 """Written last into a checkpoint's folder, and removed first: a folder without it is no checkpoint."""
+SHARED = "model.safetensors"
+"""The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
+configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
 
@@ -232,7 +235,8 @@ def load_checkpoint(
     """A trained stage.
 
     Args:
-        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), or a file of `write_model`.
+        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), a file of `write_model`, or a
+            folder with such a file `model.safetensors`, as `pipeline pull` makes it.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
         lora: how the adapter is added to its base, where the checkpoint is one of an adapter; None: merged.
         load_base: reads that base; the default reads local paths only.
@@ -247,6 +251,8 @@ def load_checkpoint(
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
+        if not found and (path / SHARED).is_file():
+            return _load_file(path / SHARED, weights)
         if not found:
             raise CheckpointError(
                 f"{path}: has no checkpoint; give the --out of a `pipeline run train`, or a step-... folder"
