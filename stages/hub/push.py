@@ -77,28 +77,7 @@ def push_command(
         if not _is(there.get(CARD), card):
             RepoCard(card.decode()).validate(repo_type=repo_type)  # before anything is uploaded
         commit = _upload(remote, package, missing, stale, card, there)
-    result: dict[str, object] = {
-        "repository": remote.name,
-        "revision": remote.revision,
-        "url": remote.url,
-        "form": package.form.name,
-        "files": len(package.items),
-        "bytes": package.num_bytes,
-        "added_files": len(missing),
-        "added_bytes": sum(item.bytes for item in missing),
-        "deleted_files": len(stale),
-        "commit": commit,
-    }
-    lines = [
-        f"{package.form.name} -> {remote.url}: {len(package.items)} files, {human_bytes(package.num_bytes)}; "
-        f"{len(missing)} added, {len(package.items) - len(missing)} were there"
-    ]
-    lines += package.notes
-    if stale:
-        lines.append(_HISTORY.format(len(stale)))
-    at = "" if revision is None else f" --revision {revision}"
-    lines.append(f"get it: pipeline pull {remote.name}{at} --out FOLDER")
-    return result, lines, EXIT_OK
+    return _report(remote, package, missing, stale, commit)
 
 
 def open_package(path: str, weights: str | None) -> Package:
@@ -133,6 +112,33 @@ def open_package(path: str, weights: str | None) -> Package:
                 f"PATH {path}: is neither a store, nor an export of one, nor a trained model; give one of these"
             ) from error
         raise
+
+
+def _report(
+    remote: Remote, package: Package, missing: Sequence[Item], stale: Sequence[str], commit: str | None
+) -> CommandResult:
+    result: dict[str, object] = {
+        "repository": remote.name,
+        "revision": remote.revision,
+        "url": remote.url,
+        "form": package.form.name,
+        "files": len(package.items),
+        "bytes": package.num_bytes,
+        "added_files": len(missing),
+        "added_bytes": sum(item.bytes for item in missing),
+        "deleted_files": len(stale),
+        "commit": commit,
+    }
+    lines = [
+        f"{package.form.name} -> {remote.url}: {len(package.items)} files, {human_bytes(package.num_bytes)}; "
+        f"{len(missing)} added, {len(package.items) - len(missing)} were there"
+    ]
+    lines += package.notes
+    if stale:
+        lines.append(_HISTORY.format(len(stale)))
+    at = "" if remote.revision == "main" else f" --revision {remote.revision}"
+    lines.append(f"get it: pipeline pull {remote.name}{at} --out FOLDER")
+    return result, lines, EXIT_OK
 
 
 def _refuse_weights(weights: str | None) -> None:
