@@ -51,7 +51,7 @@ SHARED = "model.safetensors"
 """The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
 configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
-_MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
+_MAY_CHANGE = ("unet.activation_checkpointing:", "unet.checkpointed_parts:")  # memory and time, not results
 
 
 @dataclass(frozen=True, slots=True)
