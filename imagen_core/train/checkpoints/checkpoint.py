@@ -251,7 +251,7 @@ def load_checkpoint(
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
-        if not found and (path / SHARED).is_file():
+        if not found and (path / SHARED).is_file() and not FOLDER.fullmatch(path.name):
             return _load_file(path / SHARED, weights)
         if not found:
             raise CheckpointError(
