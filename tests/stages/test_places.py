@@ -111,7 +111,7 @@ def is_known(key: str) -> bool:
     last = key.rpartition(".")[2]
     if last in OTHER or last in MODELS or last in REFUSES or last.endswith(("_column", "_member", "_field")):
         return True
-    return any(key.endswith(f".{known}") for known in TAKES) or key.replace(".", " ") in REFUSES
+    return any(f".{key}".endswith(f".{known}") for known in TAKES) or key.replace(".", " ") in REFUSES
 
 
 def test_every_key_and_option_with_a_text_is_known_as_a_place_or_as_something_else() -> None:
