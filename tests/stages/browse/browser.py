@@ -94,7 +94,8 @@ def contrast(page: "Page", selector: str = "main") -> float:
     script = """(selector) => {
         const parts = (text) => text.match(/[0-9.]+/g).slice(0, 3).map((part) => part / 255);
         const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-        const light = (text) => parts(text).map(linear).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const weights = [0.2126, 0.7152, 0.0722];
+        const light = (text) => parts(text).map(linear).reduce((sum, v, i) => sum + v * weights[i], 0);
         const color = getComputedStyle(document.querySelector(selector)).color;
         const back = getComputedStyle(document.body).backgroundColor;
         const [dark, bright] = [light(color), light(back)].sort((a, b) => a - b);

@@ -55,7 +55,7 @@ def address(run: Path) -> Iterator[str]:
 
 def test_search_filter_sort_and_sample_show_what_the_store_has(browser: "Browser", run: Path, address: str) -> None:
     store = Store.open(run / "store")
-    captions = [sample.captions[0] for sample in store]
+    captions = ["\n".join(sample.captions) for sample in store]
     word = max(captions[0].split(), key=len)
     fitting = [caption for caption in captions if word.lower() in caption.lower()]
     with watched(browser, address) as page:

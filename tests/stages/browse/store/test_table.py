@@ -30,7 +30,7 @@ ROWS = [
         ),
     ],
     [
-        Given("Äpfel 100% 'quoted'_", 600, 200, None, "a" * 64, 7, {"score": None, "kind": "map"}),
+        Given("Äpfel 100% 'quoted'_", 600, 200, None, "a" * 64, 7, {"score": float("nan"), "kind": "map"}),
         Given("nothing here at all to see", 200, 200, "https://a.example/y", "c" * 64, None, {"kind": "photo"}),
     ],
 ]
