@@ -103,7 +103,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
             "revision": revision,
             "weights_sha256": digest({n: _content_digest(folder / n) for n in weights}),
         },
-        tokenizer_sha256=_tokenizer_digest(folder),
+        tokenizer_sha256=tokenizer_digest(folder),
     )
 
 
@@ -155,7 +155,7 @@ def _online(model: str, revision: str | None) -> ModelFiles:
             "revision": info.sha,
             "weights_sha256": digest(hashes),
         },
-        tokenizer_sha256=_tokenizer_digest(small),
+        tokenizer_sha256=tokenizer_digest(small),
     )
 
 
@@ -207,7 +207,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
 
 
-def _tokenizer_digest(folder: Path) -> str | None:
+def tokenizer_digest(folder: Path) -> str | None:
+    """SHA-256 of the tokenizer files in a model folder; None if there are none."""
     found = tokenizer_files(folder)
     return digest({path.name: _content_digest(path) for path in found}) if found else None
 
