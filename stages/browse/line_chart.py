@@ -207,10 +207,11 @@ def _range(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
 def _padded(ends: tuple[float, float], *, log: bool = False, share: float = 0.04) -> tuple[float, float]:
     """A range a little wider, and never empty."""
     low, high = ends
+    constant = high - low <= 1e-9 * max(abs(low), abs(high))  # but for rounding
     if log:
-        factor = (high / low) ** share if high > low else 2.0
+        factor = 2.0 if constant else (high / low) ** max(share, 0.01)
         return low / factor, high * factor
-    pad = (high - low) * share if high > low else abs(low) * 0.1 or 0.5
+    pad = (abs(low) * 0.1 or 0.5) if constant else (high - low) * share
     return low - pad, high + pad
 
 
