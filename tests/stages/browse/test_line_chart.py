@@ -36,8 +36,8 @@ def test_steps_far_apart_are_parts_of_their_own() -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 0.9, 0.99])
 def test_a_smoothed_value_is_the_weighted_mean_of_all_up_to_it(weight: float) -> None:
-    y = np.random.default_rng(0).normal(size=50)
-    weights = [weight ** np.arange(n, -1, -1.0) for n in range(50)]
+    y = np.random.default_rng(0).normal(size=300)
+    weights = [weight ** np.arange(n, -1, -1.0) for n in range(300)]
     expected = [float((w * y[: len(w)]).sum() / w.sum()) for w in weights]
     np.testing.assert_allclose(smooth(y, weight), expected, rtol=1e-12)
 

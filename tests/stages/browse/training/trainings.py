@@ -38,6 +38,6 @@ def sampling(root: Path, prompts: Iterable[str], sizes: Iterable[int] = (4, 8), 
         images.append({"file": file, "prompt": prompt, "seed": 100 + index, "key": None, **fields})
         for size in sizes:
             (root / f"images-{size}").mkdir(exist_ok=True)
-            write_png(root / f"images-{size}" / file, np.full((size, size, 3), index + size, np.uint8))
+            write_png(root / f"images-{size}" / file, np.full((size, size, 3), (index + size) % 256, np.uint8))
     write_sealed(root / "images.json", {"settings": {}, "stages": [], "sources": {}, "images": images})
     return root
