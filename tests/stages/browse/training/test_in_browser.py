@@ -52,14 +52,14 @@ def test_a_training_is_followed_while_it_runs(tmp_path: Path) -> None:
         assert page.locator(".last b").all_inner_texts() == ["2"]
         log.scalars(200, {"loss": 1.0})
         training(root, (root / "metrics.jsonl").read_text(), grids=[200])
-        page.wait_for_function("document.querySelector('.last b').textContent === '1'")
-        page.wait_for_function("document.getElementById('grid-label').textContent === '200'")
+        page.locator(".last", has_text="loss 1 at step 200").wait_for()
+        page.locator("#grid-label", has_text="200").wait_for()
         assert page.locator("#grid").get_attribute("src") == "/p/1/grids/200.png"
         log.close()
         resumed = JsonLines(root / "metrics.jsonl", 100)  # a kill, and a start from step 100
         resumed.scalars(150, {"loss": 1.5})
         resumed.close()
-        page.wait_for_function("document.querySelector('.last').textContent.includes('at step 150')")
+        page.locator(".last", has_text="loss 1.5 at step 150").wait_for()
         assert page.locator("#ended").inner_text() == ""
 
 
@@ -70,7 +70,7 @@ def test_the_slider_of_grids_is_moved_by_keys(tmp_path: Path) -> None:
         seen = []
         for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "End"):
             page.keyboard.press(key)
-            page.wait_for_function("document.getElementById('grid').complete")
+            page.wait_for_load_state("networkidle")
             seen.append(
                 (
                     page.locator("#grid-label").inner_text(),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.storage.open import open_storage
 from stages.evaluation.report import write_report
+from tests.object_store import object_store
 from tests.stages.browse.clients import client, statuses
 from tests.stages.browse.training.trainings import lines, sampling, training
 
@@ -202,3 +204,24 @@ def test_pages_ask_for_nothing_but_this_server_and_have_no_inline_code(tmp_path:
         assert re.findall(r'(?:src|href)="(?:https?:|//)[^"]*', page) == []
         assert re.findall(r"<[^>]*\s(?:style|on\w+)=", page) == []
         assert re.findall(r"<script(?![^>]*src=)", page) == []
+
+
+@pytest.mark.slow
+def test_folders_on_an_object_store_have_the_same_pages(tmp_path: Path) -> None:
+    root = training(tmp_path / "t", lines(range(1, 50), loss=0.0), grids=[7])
+    sweep = tmp_path / "e"
+    for weight in ("1", "2"):
+        sampling(sweep / f"guidance-{weight}", ["a cat"])
+    (sweep / "plan.json").write_text('{"workflow": "evaluate"}')
+    with object_store() as store:
+        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+            open_storage(store.url).write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+        near, far = client(root, sweep), client(f"{store.url}/t", f"{store.url}/e")
+        for address in ("/p/1/curves?smoothing=0.6", "/p/1/grids/7.png", "/p/2/images/1/8/0.png"):
+            assert far.get(address).content == near.get(address).content
+        assert "a cat" in far.get("/p/2/").text
+        assert "seed: 0" in far.get("/p/1/settings").text
+        store.requests.clear()
+        assert far.get("/p/1/curves").status_code == 200
+        assert far.get("/p/1/curves").status_code == 200
+        assert store.requests.bytes_sent("t/metrics.jsonl") == 0  # nothing new: nothing is read again
