@@ -28,7 +28,7 @@ class Bins:
         self.counts[place] += count
 
     def rates(self, end: float) -> list[tuple[float, float]]:
-        """The start of each interval and the counts per second in it; the last one may have begun just before `end`."""
+        """The start of each interval and its counts per second; the last one may have begun just before `end`."""
         rates = []
         for place, count in enumerate(self.counts):
             start = self.start + place * self.width_s

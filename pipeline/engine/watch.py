@@ -359,7 +359,9 @@ class RunWatch:
         done: dict[str, int] = {}
         for stage in plan["stages"]:
             groups = [name for name in stage["groups"] if name in lasting] or stage["groups"]
-            done[stage["name"]] = min((len(self._groups[n].rows) if n in self._groups else 0 for n in groups), default=0)
+            done[stage["name"]] = min(
+                (len(self._groups[n].rows) if n in self._groups else 0 for n in groups), default=0
+            )
         for stage in reversed(plan["stages"]):
             if not lasting.intersection(stage["groups"]):
                 users = [user for user in plan["stages"] if set(user["inputs"]) & set(stage["groups"])]
