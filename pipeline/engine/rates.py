@@ -16,24 +16,32 @@ class Bins:
         self.width_s = 1.0
         self.counts = [0.0]
 
-    def add(self, at: float, count: float) -> None:
-        """Counts something at a Unix time; before the start it counts at the start."""
-        place = max(0, int((at - self.start) / self.width_s))
-        while place >= _MOST_BINS:
+    def add(self, end: float, count: float, seconds: float = 0.0) -> None:
+        """Counts what was made in the `seconds` before a Unix time, evenly; nothing counts before the start."""
+        end = max(end, self.start)
+        begin = max(end - seconds, self.start)
+        while (last := int((end - self.start) / self.width_s)) >= _MOST_BINS:
             pairs = zip(self.counts[::2], [*self.counts[1::2], 0.0], strict=False)
             self.counts = [first + second for first, second in pairs]
             self.width_s *= 2
-            place = max(0, int((at - self.start) / self.width_s))
-        self.counts += [0.0] * (place + 1 - len(self.counts))
-        self.counts[place] += count
+        self.counts += [0.0] * (last + 1 - len(self.counts))
+        if begin == end:
+            self.counts[last] += count
+            return
+        for place in range(int((begin - self.start) / self.width_s), last + 1):
+            left = self.start + place * self.width_s
+            share = min(end, left + self.width_s) - max(begin, left)
+            self.counts[place] += count * max(0.0, share) / (end - begin)
 
     def rates(self, end: float) -> list[tuple[float, float]]:
-        """The start of each interval and its counts per second; the last one may have begun just before `end`."""
+        """The start of each interval until `end` and its counts per second, where it has begun long enough before."""
+        self.add(end, 0.0)
         rates = []
         for place, count in enumerate(self.counts):
             start = self.start + place * self.width_s
             length = min(self.width_s, end - start)
-            rates.append((start, count / (length if length > self.width_s / 10 else self.width_s)))
+            if count or length > self.width_s / 10 or not place:
+                rates.append((start, count / (length if length > self.width_s / 10 else self.width_s)))
         return rates
 
 

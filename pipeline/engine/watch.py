@@ -8,7 +8,7 @@ last events were lost, is counted right.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,20 @@ class GroupView:
 
 
 @dataclass(frozen=True, slots=True)
+class DropsView:
+    """Drops that a stage found.
+
+    Attributes:
+        group: whose lists have them, which may be one of a later stage.
+    """
+
+    stage: str
+    group: str
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeView:
     """A machine of a cluster in the latest run; tasks, and seconds of its workers."""
 
@@ -114,6 +128,8 @@ class RunView:
     last_event: float | None
     stages: tuple[StageView, ...]
     groups: tuple[GroupView, ...]
+    drops: tuple[DropsView, ...]
+    """By stage, group and reason: in the order of the groups and stages, most first."""
     throughput: Mapping[str, tuple[tuple[float, float], ...]]
     nodes: tuple[NodeView, ...]
     failures: tuple[FailedTry, ...]
@@ -130,7 +146,8 @@ class RunView:
         return max((stage.eta_s for stage in self.stages if stage.eta_s is not None), default=None)
 
     @property
-    def drops(self) -> int:
+    def num_drops(self) -> int:
+        """Without those that a later round tries again."""
         return sum(sum(group.drops.values()) for group in self.groups) - sum(self.retried.values())
 
 
@@ -140,21 +157,28 @@ class _Shards:
     def __init__(self) -> None:
         self.rows: dict[int, int] = {}
         self.drops: dict[int, Mapping[str, int]] = {}
+        self.before: dict[int, Mapping[str, int]] = {}
+        """Of the drops, those that an earlier stage found."""
         self.total_rows = 0
         self.total_drops: Counter[str] = Counter()
+        self.total_before: Counter[str] = Counter()
 
-    def put(self, shard: int, rows: int, drops: Mapping[str, int]) -> None:
+    def put(self, shard: int, rows: int, drops: Mapping[str, int], before: Mapping[str, int]) -> None:
         self.remove(shard)
         self.rows[shard] = rows
         self.total_rows += rows
         if drops:
             self.drops[shard] = drops
             self.total_drops.update(drops)
+        if before:
+            self.before[shard] = before
+            self.total_before.update(before)
 
     def remove(self, shard: int) -> None:
         if shard in self.rows:
             self.total_rows -= self.rows.pop(shard)
             self.total_drops.subtract(self.drops.pop(shard, {}))
+            self.total_before.subtract(self.before.pop(shard, {}))
 
 
 @dataclass(slots=True)
@@ -262,14 +286,15 @@ class RunWatch:
         stage, shard, at = str(event["stage"]), int(event["shard"]), float(event["time"])
         seconds, node, latest = float(event["seconds"]), event.get("node"), self._latest
         for name, group in event["groups"].items():
-            self._groups.setdefault(name, _Shards()).put(shard, int(group["rows"]), dict(group["drops"]))
+            drops, before = dict(group["drops"]), dict(group.get("found_before", {}))
+            self._groups.setdefault(name, _Shards()).put(shard, int(group["rows"]), drops, before)
         rows = max((int(group["rows"]) for group in event["groups"].values()), default=0)
         latest.tasks[stage] += 1
         latest.rows[stage] += rows
         latest.recent.setdefault(stage, RecentTasks()).add(at, seconds)
         if stage not in latest.bins:
             latest.bins[stage] = Bins(latest.started or at)
-        latest.bins[stage].add(at, rows)
+        latest.bins[stage].add(at, rows, seconds)
         if node:
             before = latest.nodes.get(node, NodeView(str(node), 0, 0.0, at))
             latest.nodes[node] = NodeView(str(node), before.tasks + 1, before.seconds + seconds, at)
@@ -294,7 +319,7 @@ class RunWatch:
                 if record is None:
                     self._damaged.add((name, shard))
                 else:
-                    known.put(shard, record.rows, record.drops)
+                    known.put(shard, record.rows, record.drops, record.info.get("found_before", {}))
         self._retried = retried_reasons(self.run)
         least = _LISTED_S if isinstance(self.run.storage, LocalStorage) else _LISTED_FAR_S
         now = time.monotonic()
@@ -312,6 +337,7 @@ class RunWatch:
             state = RUNNING
         else:
             state = latest.outcome or (INTERRUPTED if latest.started else "not started")
+        drops = self._drops(plan, groups)
         return RunView(
             url=self.run.url,
             workflow=str(plan.get("workflow")),
@@ -320,8 +346,9 @@ class RunWatch:
             total_shards=latest.total,
             started=latest.started,
             last_event=latest.last,
-            stages=self._stages(plan, lasting, running),
+            stages=self._stages(plan, lasting, drops, running),
             groups=groups,
+            drops=drops,
             throughput={name: tuple(bins.rates(latest.last or 0.0)) for name, bins in latest.bins.items()},
             nodes=tuple(sorted(latest.nodes.values(), key=lambda node: node.name)),
             failures=tuple(reversed(latest.failures)),
@@ -329,7 +356,22 @@ class RunWatch:
             retried=self._retried,
         )
 
-    def _stages(self, plan: Mapping[str, Any], lasting: set[str], running: bool) -> tuple[StageView, ...]:
+    def _drops(self, plan: Mapping[str, Any], groups: Sequence[GroupView]) -> tuple[DropsView, ...]:
+        inputs = {stage["name"]: stage["inputs"] for stage in plan["stages"]}
+        makers = {group: stage["name"] for stage in plan["stages"] for group in stage["groups"]}
+        views: list[DropsView] = []
+        for group in groups:
+            found = Counter(self._groups[group.name].total_before)
+            earlier = [makers[name] for name in inputs[group.stage]][:1] or [group.stage]
+            views += [DropsView(earlier[0], group.name, *item) for item in _most_first(found).items()]
+            own = Counter(group.drops)
+            own.subtract(found)
+            views += [DropsView(group.stage, group.name, *item) for item in _most_first(own).items()]
+        return tuple(views)
+
+    def _stages(
+        self, plan: Mapping[str, Any], lasting: set[str], drops: Sequence[DropsView], running: bool
+    ) -> tuple[StageView, ...]:
         latest, done = self._latest, self._done(plan, lasting)
         known = max([latest.total or 0, *done.values()]) if latest.total else None
         seconds = (latest.last or 0.0) - (latest.started or 0.0)
@@ -338,7 +380,6 @@ class RunWatch:
             name = stage["name"]
             tasks, left = latest.tasks[name], (known or 0) - done[name]
             recent = latest.recent.get(name)
-            drops = (self._groups[group].total_drops for group in stage["groups"] if group in self._groups)
             views.append(
                 StageView(
                     name,
@@ -347,7 +388,7 @@ class RunWatch:
                     latest.rows[name],
                     latest.rows[name] / seconds if tasks and seconds > 0 else None,
                     recent.busy(latest.started, latest.last) if recent is not None and running else 0.0,
-                    sum(max(0, sum(found.values())) for found in drops),
+                    sum(found.count for found in drops if found.stage == name),
                     latest.failed[name],
                     left * seconds / tasks if running and tasks and left > 0 and seconds > 0 else None,
                 )

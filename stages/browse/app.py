@@ -12,12 +12,13 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from stages.browse.places import Kind, Place
+from stages.browse.run.pages import routes as run_routes
 from stages.browse.security import Access, OnlyThisUser
 from stages.browse.store.pages import routes as store_routes
 from stages.browse.summary import summary_of
 from stages.browse.web import error_line, part, render
 
-PARTS: dict[Kind, Callable[[Place], list[Route]]] = {"store": store_routes}
+PARTS: dict[Kind, Callable[[Place], list[Route]]] = {"store": store_routes, "run": run_routes}
 """The pages of a place, by its kind: routes below `/p/NUMBER`, one of them `/`."""
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _log = logging.getLogger(__name__)

@@ -14,11 +14,28 @@ def test_intervals_keep_every_count_while_they_grow() -> None:
     assert all(rate == 3.0 for _, rate in rates[:-1])
 
 
+def test_what_took_long_counts_evenly_over_that_time() -> None:
+    bins = Bins(100.0)
+    bins.add(104.5, 8, seconds=4.0)
+    assert bins.counts == [1.0, 2.0, 2.0, 2.0, 1.0]
+    bins.add(101.0, 5, seconds=50.0)  # began before the run
+    assert bins.counts == [6.0, 2.0, 2.0, 2.0, 1.0]
+    bins.add(1000.0, 480, seconds=480.0)
+    assert (bins.width_s, sum(bins.counts)) == (4.0, 493.0)
+
+
 def test_the_last_interval_counts_for_the_seconds_that_it_has_had() -> None:
     bins = Bins(0.0)
     bins.add(0.2, 10)
     bins.add(1.5, 10)
     assert bins.rates(1.5) == [(0.0, 10.0), (1.0, 20.0)]
+
+
+def test_a_silent_time_until_the_end_has_no_rate() -> None:
+    bins = Bins(0.0)
+    bins.add(0.5, 10)
+    assert bins.rates(3.01) == [(0.0, 10.0), (1.0, 0.0), (2.0, 0.0)]
+    assert len(bins.rates(100_000.0)) <= 240
 
 
 def test_what_ended_before_the_start_counts_at_the_start() -> None:

@@ -131,7 +131,7 @@ def test_rows_that_a_round_tries_again_are_no_longer_drops(run: RunFolder) -> No
     lines = [{"shard": 0, "row": row, "reason": "timeout", "source": ["k"]} for row in (3, 4)]
     run.storage.write_json_lines("retries/00001-10.jsonl", lines)
     view = RunWatch(run.url).look()
-    assert (dict(view.retried), view.drops) == ({"timeout": 2}, 1)
+    assert (dict(view.retried), view.num_drops) == ({"timeout": 2}, 1)
 
 
 def test_a_folder_that_was_deleted_and_made_again_is_counted_anew(run: RunFolder) -> None:
@@ -194,3 +194,33 @@ def test_a_run_on_an_object_store_is_watched_without_reading_its_records_again()
         watch.look()
         assert s3.requests.by_kind("run/state")["GET"] == 0
         assert s3.requests.by_kind("run/events")["GET"] == 0
+
+
+def test_a_drop_is_one_of_the_stage_that_found_it(run: RunFolder) -> None:
+    write_event(run, "run_started", 100.0)
+    drops = {"http_404": 3, "too_small": 2, "truncated": 4}
+    before = {"http_404": 3, "truncated": 1}
+    run.write_record(Record("samples", 0, "f", "i", 10, 1, drops, info={"found_before": before}))
+    samples = {"rows": 1, "drops": drops, "found_before": before}
+    task(run, "resize", 1, 101.0, samples=samples)
+    run.write_record(Record("samples", 1, "f", "i", 10, 1, drops, info={"found_before": before}))
+    view = RunWatch(run.url).look()
+    assert [(found.stage, found.reason, found.count) for found in view.drops] == [
+        ("fetch", "http_404", 6),
+        ("fetch", "truncated", 2),
+        ("resize", "truncated", 6),
+        ("resize", "too_small", 4),
+    ]
+    assert [stage.drops for stage in view.stages] == [8, 10]
+
+
+@pytest.mark.slow
+def test_the_events_of_a_run_say_which_stage_found_each_drop(small_run: Path) -> None:
+    view = RunWatch(str(small_run)).look()
+    assert [(found.stage, found.group, found.reason, found.count) for found in view.drops] == [
+        ("fetch", "samples", "http_404", 1)
+    ]
+    shutil.copytree(small_run / "state", small_run.parent / "without" / "state")
+    shutil.copy(small_run / "plan.json", small_run.parent / "without")
+    without_events = RunWatch(str(small_run.parent / "without")).look()
+    assert without_events.drops == view.drops
