@@ -50,8 +50,8 @@ def first_drops(run: RunFolder, limit: int) -> list[dict[str, Any]]:
 
 
 def add_source_rows(run: RunFolder, drops: Sequence[dict[str, Any]]) -> None:
-    """Adds `url` and `captions` to drops of the input, with `shard`, `row` and `reason`, as the source lists them; None
-    where a worker reads them. Reads no further shard than the drops need. Removed rows stay without.
+    """Adds `url` and `captions` to drops of the input, with `shard`, `row` and `reason`, as the source lists them, or
+    None where a worker reads them. Reads no further shard than the drops need. Removed rows stay without.
 
     Raises:
         ConfigError, StaleOutputError: the source is gone, or has changed.

@@ -1,7 +1,7 @@
 """The dropped rows of a run, a page at a time.
 
-How many rows of which reason each shard has is known from the records, so a page reads only the lists of its own shards.
-A search reads lists from where the page begins until the page is full or the time is over.
+How many rows of which reason each shard has is known from the records, so a page reads only the lists of its own
+shards. A search reads lists from where the page begins until the page is full or the time is over.
 """
 
 import json
@@ -95,7 +95,12 @@ class Drops:
         return self.watch.look(max_age_s=1.0).drops
 
     def page(
-        self, group: str | None = None, reason: str | None = None, text: str = "", first: int = 0, rows: int = PAGE_ROWS
+        self,
+        group: str | None = None,
+        reason: str | None = None,
+        text: str = "",
+        first: int = 0,
+        rows: int = PAGE_ROWS,
     ) -> DropsPage:
         """Dropped rows from the `first` on, in the order of stages, shards and rows.
 

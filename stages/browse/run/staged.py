@@ -64,7 +64,9 @@ class StagedOriginals:
         copy = self._run.storage.copy(self._path(shard))
         try:
             with OriginalsReader(copy) as originals:
-                return {each.row: Staged(each.url, each.captions, each.offset, each.size) for each in originals.entries}
+                return {
+                    each.row: Staged(each.url, each.captions, each.offset, each.size) for each in originals.entries
+                }
         except tarfile.TarError as error:
             raise ValueError(f"{self._path(shard)}: {error}") from error
         finally:

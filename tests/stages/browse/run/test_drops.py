@@ -64,9 +64,7 @@ def test_a_reason_is_counted_without_reading_lists_and_found_in_them(run: RunFol
 def test_a_page_reads_only_the_lists_of_its_own_shards(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     drops, read = Drops(RunWatch(run.url)), []
     lines = type(run.storage).read_lines
-    monkeypatch.setattr(
-        type(run.storage), "read_lines", lambda self, name: read.append(name) or lines(self, name)
-    )
+    monkeypatch.setattr(type(run.storage), "read_lines", lambda self, name: read.append(name) or lines(self, name))
     drops.page(group="samples", first=30, rows=3)
     assert read == ["quarantine/samples/00010.jsonl"]
 

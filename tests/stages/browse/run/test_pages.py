@@ -140,7 +140,10 @@ def test_a_run_whose_removed_samples_are_erased_is_shown_before_and_after(copy_o
     assert call("remove", str(copy_of_small_run), "--key", "000000003", "--compact").code == 0
     for address in ("/p/1/", "/p/1/live", "/p/1/drops"):
         answer = browser.get(address)
-        assert (answer.status_code, 'class="error"' in answer.text.replace('id="lost" class="error"', "")) == (200, False)
+        assert (answer.status_code, 'class="error"' in answer.text.replace('id="lost" class="error"', "")) == (
+            200,
+            False,
+        )
 
 
 def test_drops_can_be_filtered_and_give_the_command_that_retries_just_these(run: RunFolder) -> None:
@@ -157,7 +160,9 @@ def test_drops_can_be_filtered_and_give_the_command_that_retries_just_these(run:
     assert "119" in second
 
 
-@pytest.mark.parametrize("query", ["from=-1", "from=x", "from=99999999999999999999", "group=%00", "reason=%2e%2e%2f", "q=%ff"])
+@pytest.mark.parametrize(
+    "query", ["from=-1", "from=x", "from=99999999999999999999", "group=%00", "reason=%2e%2e%2f", "q=%ff"]
+)
 def test_strange_queries_are_answered(run: RunFolder, query: str) -> None:
     resized(run, 0, 101.0, {"too_small": 1})
     assert client(run.root).get(f"/p/1/drops?{query}").status_code == 200
