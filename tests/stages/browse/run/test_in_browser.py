@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runs import REPOSITORY, command
-from tests.stages.browse.browser import browser_page, is_wider_than_window, served, tab_to
+from tests.stages.browse.browser import chromium, serving
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,9 @@ def running(out: Path, *settings: str) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_run_is_watched_live_until_its_end_and_its_drops_are_clicked_through(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ["source.num_samples=400", "shard_size=2", "images.sizes_px=[16]", "encoders=[]", "keep_originals=true"]
-    with running(out, *settings) as run, served(out) as address, browser_page(f"{address}p/1/") as page:
+    with running(out, *settings) as run, serving(out) as address, chromium() as page:
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/p/1/")
         assert page.locator("#state strong").text_content() == "precompute: running"
         page.evaluate("window.notLoadedAgain = true")
         bar = page.locator('progress[aria-label="resize"]')
@@ -69,7 +72,8 @@ def test_opened_details_and_the_focus_stay_while_the_page_is_refreshed(copy_of_s
     failed = copy_of_small_run / "quarantine" / "failed"
     failed.mkdir()
     (failed / "resize-00001.txt").write_text("Traceback: the first")
-    with served(copy_of_small_run) as address, browser_page(f"{address}p/1/") as page:
+    with serving(copy_of_small_run) as address, chromium() as page:
+        page.goto(f"{address}/p/1/")
         tab_to(page, "#failed-resize-00001 summary")
         page.keyboard.press("Enter")
         (failed / "resize-00002.txt").write_text("Traceback: the second")
@@ -79,22 +83,38 @@ def test_opened_details_and_the_focus_stay_while_the_page_is_refreshed(copy_of_s
         assert page.evaluate("document.activeElement.textContent") == "resize on shard 00001"
 
 
-def test_a_server_that_has_ended_is_said(small_run: Path) -> None:
-    with served(small_run) as address:
-        entered = browser_page(f"{address}p/1/", allowed=["Failed to load resource"])
-        page = entered.__enter__()
-    page.wait_for_selector("#lost:not([hidden])")
-    entered.__exit__(None, None, None)
+def test_a_server_that_does_not_answer_is_said_until_it_does(small_run: Path) -> None:
+    with serving(small_run) as address, chromium() as page:
+        page.route("**/live", lambda route: route.fulfill(status=503), times=1)
+        page.goto(f"{address}/p/1/")
+        assert page.locator("#lost").is_hidden()
+        page.wait_for_selector("#lost:not([hidden])")
+        page.wait_for_selector("#lost", state="hidden")
 
 
 @pytest.mark.parametrize("width", [400, 1600])
 def test_the_pages_are_readable_narrow_and_wide_dark_and_light(small_run: Path, width: int) -> None:
     backgrounds = []
-    with served(small_run) as address:
+    with serving(small_run) as address:
         for scheme in ("dark", "light"):
-            with browser_page(f"{address}p/1/", width=width, scheme=scheme) as page:
+            with chromium(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+                page.goto(f"{address}/p/1/")
                 assert not is_wider_than_window(page)
                 backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-                page.goto(f"{address}p/1/drops")
+                page.goto(f"{address}/p/1/drops")
                 assert not is_wider_than_window(page)
     assert len(set(backgrounds)) == 2
+
+
+def is_wider_than_window(page: Any) -> bool:
+    """Whether the page, not only a part of it, has to be scrolled sideways."""
+    return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+def tab_to(page: Any, selector: str, most: int = 60) -> None:
+    """Presses Tab until the element has the focus."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"{selector} is not reached by {most} times Tab")
