@@ -41,7 +41,7 @@ def test_the_page_of_a_running_run_follows_it(run: RunFolder) -> None:
         assert '<progress max="10" value="1" aria-label="fetch">' in page
         text = shown(page)
         assert re.search(r"ETA 0:27 executor ray running for 3.0 s", text)
-        assert "fetch 1/10 9 3 0.7 0 0 0:27" in text
+        assert "fetch 1/10 9 3.0 0.7 0:27 0 0" in text
     write_event(run, "run_ended", 104.0, outcome="finished")
 
 
