@@ -15,6 +15,7 @@ from imagen_core.far import StorageError
 from imagen_core.store import StoreError
 from pipeline.errors import PipelineError
 from stages.browse.places import Kind, Place
+from stages.browse.run.pages import routes as run_routes
 from stages.browse.security import Access, OnlyThisUser
 from stages.browse.store.pages import routes as store_routes
 from stages.browse.summary import summary_of
@@ -24,6 +25,7 @@ from stages.browse.training.pages import routes as training_routes
 from stages.browse.web import error_line, part, render
 
 PARTS: dict[Kind, Callable[[Place], list[Route]]] = {
+    "run": run_routes,
     "store": store_routes,
     "training": training_routes,
     "sampling": image_routes,
