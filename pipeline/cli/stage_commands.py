@@ -96,6 +96,26 @@ def report(
     show_stage_command("report", run_or_store, as_json)
 
 
+@stage_commands.command()
+def browse(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH...",
+            help="Run folders, stores, trainings, samplings, evaluations, or folders of them. Default: runs.",
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 means a free one.")] = 0,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. Beyond this machine a token is required, which the printed URL has."),
+    ] = "127.0.0.1",
+    no_open: Annotated[bool, typer.Option("--no-open", help="Open no browser.")] = False,
+) -> None:
+    """Show data, runs and trainings in a browser, until Ctrl-C. Changes nothing."""
+    show_stage_command("browse", paths or [], False, port=port, host=host, open_browser=not no_open)
+
+
 @stage_commands.command("import")
 def import_(
     kind: Annotated[str, typer.Argument(help="Which system's model it is; an unknown KIND lists the available ones.")],
