@@ -108,7 +108,9 @@ def line_chart(
         return None
     xs, ys = (_range([getattr(each, axis) for each in drawn]) for axis in ("x", "y"))
     y_scale = _Scale(*_padded(ys, log=log), _HEIGHT - _BOTTOM, _TOP, log=log)
-    x_scale = _Scale(*_padded(xs, share=0.0 if not any(each.labels for each in drawn) else 0.06), _LEFT, _WIDTH - _RIGHT)
+    x_scale = _Scale(
+        *_padded(xs, share=0.0 if not any(each.labels for each in drawn) else 0.06), _LEFT, _WIDTH - _RIGHT
+    )
     note = f"{hidden:,} values of 0 and less are not drawn" if hidden and log else ""
     lines = [_line(each, x_scale, y_scale) for each in sorted(drawn, key=lambda each: not each.faint)]
     return LineChart(title, x_label, tuple(lines), x_scale.ticks(5), y_scale.ticks(4), note)
@@ -180,7 +182,9 @@ def _line(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
             x, y = thin(x, y, _BUCKETS)
         places = list(zip(x_scale.at(x).tolist(), y_scale.at(y).tolist(), strict=True))
         pieces.append("M" + " ".join(f"{a:.1f},{b:.1f}" for a, b in (places if len(places) > 1 else places * 2)))
-        points += [Point(round(a, 1), round(b, 1), labels[start + i]) for i, (a, b) in enumerate(places if labels else ())]
+        points += [
+            Point(round(a, 1), round(b, 1), labels[start + i]) for i, (a, b) in enumerate(places if labels else ())
+        ]
     return Line(series.name, "".join(pieces), colour, series.faint, tuple(points), last)
 
 

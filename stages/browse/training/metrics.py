@@ -19,9 +19,9 @@ _CHUNK_BYTES = 4 * 2**20
 _TAIL_BYTES = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Metrics:
-    """What a training has logged so far.
+    """What a training has logged so far; a call that finds nothing new gives the same object.
 
     Attributes:
         steps: int64 (n,), rising.
@@ -76,6 +76,7 @@ class MetricsFile:
         self._offset, self._tail, self._read = 0, b"", 1.0
         self._rows = _Rows(self._most_rows)
         self._unreadable = 0
+        self._found: Metrics | None = None
 
     def read(self, within_s: float = 1.0) -> Metrics:
         """The metrics, with what was added since the last call.
@@ -87,7 +88,9 @@ class MetricsFile:
         """
         with self._lock:
             self._refresh(time.monotonic() + within_s)
-            return self._rows.metrics(self._read, self._unreadable)
+            if self._found is None:
+                self._found = self._rows.metrics(self._read, self._unreadable)
+            return self._found
 
     def _refresh(self, until: float) -> None:
         version = self._storage.version(METRICS)
@@ -98,6 +101,7 @@ class MetricsFile:
             self._start_over()
             self._version = None
             return
+        self._found = None
         while True:
             back = len(self._tail)
             data = self._storage.read_part(METRICS, self._offset - back, back + _CHUNK_BYTES)
