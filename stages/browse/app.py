@@ -12,6 +12,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from stages.browse.places import Kind, Place
+from stages.browse.run.pages import routes as run_routes
 from stages.browse.security import Access, OnlyThisUser
 from stages.browse.store.pages import routes as store_routes
 from stages.browse.summary import summary_of
@@ -21,6 +22,7 @@ from stages.browse.training.pages import routes as training_routes
 from stages.browse.web import error_line, part, render
 
 PARTS: dict[Kind, Callable[[Place], list[Route]]] = {
+    "run": run_routes,
     "store": store_routes,
     "training": training_routes,
     "sampling": image_routes,

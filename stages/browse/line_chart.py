@@ -12,6 +12,7 @@ _BUCKETS = 600
 """Parts of the horizontal axis, each drawn by its least and greatest value: more than a chart has pixels."""
 _COLOURS = 8
 _FAINT_FROM = 0.01
+_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +141,25 @@ def thin(x: np.ndarray, y: np.ndarray, buckets: int) -> tuple[np.ndarray, np.nda
 def smooth(y: np.ndarray, weight: float) -> np.ndarray:
     """Exponential moving mean of (n,) values, without bias at the start: the weight of a value falls by `weight` with
     each later one, and weights sum to 1. Values that are not finite stay so, and count for nothing."""
-    from scipy.signal import lfilter
-
     found = np.isfinite(y)
-    ones = np.ones(int(found.sum()))
-    filtered = (np.asarray(lfilter([1.0], [1.0, -weight], values)) for values in (y[found].astype(float), ones))
     means = y.astype(float)
-    total, weights = filtered
-    means[found] = total / weights
+    total = _decaying_sums(means[found], weight)
+    means[found] = total * (1 - weight) / (1 - weight ** np.arange(1, len(total) + 1))
     return means
+
+
+def _decaying_sums(values: np.ndarray, weight: float) -> np.ndarray:
+    """sum_i weight**(t - i) values_i over i <= t, for each t of (n,) values: within blocks as a product with a matrix,
+    then what each block takes over from the one before it."""
+    count = len(values)
+    blocks = np.pad(values, (0, -count % _BLOCK)).reshape(-1, _BLOCK)
+    age = np.arange(_BLOCK)[:, None] - np.arange(_BLOCK)
+    within = blocks @ np.where(age >= 0, weight ** np.maximum(age, 0), 0.0).T
+    taken_over, powers = 0.0, weight ** np.arange(1, _BLOCK + 1)
+    for block in within:
+        block += taken_over * powers
+        taken_over = float(block[-1])
+    return within.reshape(-1)[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +218,11 @@ def _range(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
 def _padded(ends: tuple[float, float], *, log: bool = False, share: float = 0.04) -> tuple[float, float]:
     """A range a little wider, and never empty."""
     low, high = ends
+    constant = high - low <= 1e-9 * max(abs(low), abs(high))  # but for rounding
     if log:
-        factor = (high / low) ** share if high > low else 2.0
+        factor = 2.0 if constant else (high / low) ** max(share, 0.01)
         return low / factor, high * factor
-    pad = (high - low) * share if high > low else abs(low) * 0.1 or 0.5
+    pad = (abs(low) * 0.1 or 0.5) if constant else (high - low) * share
     return low - pad, high + pad
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from imagen_core.far import without_secrets
+from pipeline.engine.lines import duration
 from pipeline.errors import first_line
 from pipeline.units import human_bytes, human_seconds
 
@@ -61,12 +63,17 @@ def templates() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found.filters.update(human_bytes=human_bytes, human_seconds=human_seconds, number=_number, pretty_json=_pretty)
+    found.filters.update(duration=duration, unix_time=_unix_time)
     return found
 
 
 def _number(value: float) -> str:
     """1,234 or 1.234e-05."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _unix_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _pretty(value: object) -> str:

@@ -13,7 +13,7 @@ from pipeline.storage import Storage
 from pipeline.storage.run_folder import METRICS
 
 MOST_ROWS = 2**19
-"""Steps that are kept; of more, pairs of pairs become the least and greatest values of each metric."""
+"""Steps that are kept; of more, the least and the greatest value of each metric in equal ranges of steps."""
 MOST_METRICS = 64
 _CHUNK_BYTES = 4 * 2**20
 _TAIL_BYTES = 256
@@ -173,28 +173,37 @@ class _Rows:
         self.count += 1
 
     def _thin(self) -> None:
-        """Makes two rows of each four: the least and the greatest value of each metric, in their order."""
-        half = self.count // 4 * 2
-        for name, column in self.columns.items():
-            column[:half] = _extremes(column[: 2 * half].reshape(-1, 4)).reshape(-1)
-            column[half : self.count - half] = column[2 * half : self.count]
-            self.columns[name] = column
-        steps = self.steps[: 2 * half].reshape(-1, 4)[:, [0, 3]].reshape(-1)
-        rest = self.steps[2 * half : self.count].copy()
-        self.steps[:half], self.steps[half : half + len(rest)] = steps, rest
-        self.count = half + len(rest)
+        """Leaves two rows for each of so many equal ranges of steps: with the least and the greatest value of each
+        metric, in their order. What is thin already stays."""
+        steps = self.steps[: self.count]
+        edges = np.linspace(steps[0], steps[-1], self.most // 4 + 1)[1:-1]
+        starts = np.unique(np.concatenate([[0], np.searchsorted(steps, edges)]))
+        ends = np.append(starts[1:], self.count)
+        kept = np.unique(np.concatenate([starts, ends - 1]))
+        first, last = np.searchsorted(kept, starts), np.searchsorted(kept, ends - 1)
+        for column in self.columns.values():
+            values = np.full(len(kept), np.nan, np.float32)
+            earlier, later = _extremes(column[: self.count], starts, ends)
+            values[last] = later
+            values[first] = earlier
+            column[: len(kept)] = values
+        self.steps[: len(kept)] = steps[kept]
+        self.count = len(kept)
         self.thinned = True
 
 
-def _extremes(fours: np.ndarray) -> np.ndarray:
-    """(n, 2) of (n, 4): least and greatest of each row that are not NaN, in the order in which they stand."""
-    missing = np.isnan(fours)
-    least = np.where(missing, np.inf, fours).argmin(axis=1)
-    greatest = np.where(missing, -np.inf, fours).argmax(axis=1)
-    places = np.sort(np.stack([least, greatest], axis=1), axis=1)
-    found = np.take_along_axis(fours, places, axis=1)
-    found[places[:, 0] == places[:, 1], 1] = np.nan  # one value stays one
-    return found
+def _extremes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest value of each range of rows, in the order in which they stand; NaN counts for
+    nothing. Where both are the same value it is the first of the two, and the second is NaN."""
+    places = np.arange(len(values))
+    least, greatest = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
+    at = [
+        np.minimum.reduceat(np.where(values == np.repeat(each, ends - starts), places, len(values)), starts)
+        for each in (least, greatest)
+    ]
+    forward = at[0] < at[1]
+    later = np.where(at[0] == at[1], np.nan, np.where(forward, greatest, least))
+    return np.where(forward, least, greatest), later
 
 
 def _parsed(line: bytes) -> dict[str, float] | None:
