@@ -11,7 +11,7 @@ class Bin:
     """What a bar stands for: its label, its count, and the page that shows what is in it."""
 
     label: str
-    count: int
+    count: float
     href: str | None = None
     chosen: bool = False
 
@@ -21,7 +21,7 @@ class Bar:
     """A bar, in units of the view box."""
 
     label: str
-    count: int
+    count: float
     href: str | None
     chosen: bool
     x: float

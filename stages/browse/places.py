@@ -96,7 +96,9 @@ def _found(path: str, field: str) -> Iterator[tuple[Storage, Kind]]:
         raise ConfigError(f"{field} {path} does not exist; give run folders, stores, trainings or samplings")
     names = sorted(name for name, is_folder in storage.entries() if is_folder)
     inside = [open_storage(f"{storage.url}/{name}") for name in names[: _MOST_FOUND + 1]]
-    kinds = [(each, kind) for each in inside for kind in (kind_of(each),) if kind is not None]
+    kinds: list[tuple[Storage, Kind]] = [
+        (each, kind) for each in inside for kind in (kind_of(each),) if kind is not None
+    ]
     if not kinds:
         raise ConfigError(
             f"{field} {path} is no run folder, store, training, sampling or evaluation, and has none in it; give one"

@@ -30,6 +30,16 @@ class Part(Generic[T]):
     value: T | None
     error: str | None = None
 
+    def get(self) -> T:
+        """The content.
+
+        Raises:
+            ValueError: there is none; its text is the line.
+        """
+        if self.value is None:
+            raise ValueError(self.error)
+        return self.value
+
 
 def part(make: Callable[[], T]) -> Part[T]:
     """What `make` returns. Whatever goes wrong (a truncated file, a run that is being compacted) is shown in the place

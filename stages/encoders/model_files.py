@@ -96,7 +96,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
             "revision": revision,
             "weights_sha256": digest({n: _content_digest(folder / n) for n in weights}),
         },
-        tokenizer_sha256=_tokenizer_digest(folder),
+        tokenizer_sha256=tokenizer_digest(folder),
     )
 
 
@@ -148,7 +148,7 @@ def _online(model: str, revision: str | None) -> ModelFiles:
             "revision": info.sha,
             "weights_sha256": digest(hashes),
         },
-        tokenizer_sha256=_tokenizer_digest(small),
+        tokenizer_sha256=tokenizer_digest(small),
     )
 
 
@@ -195,7 +195,8 @@ def _weight_names(names: Iterable[str], model: str) -> list[str]:
     raise MachineError(f"encoders.model: {model} has no model*.safetensors or pytorch_model*.bin")
 
 
-def _tokenizer_digest(folder: Path) -> str | None:
+def tokenizer_digest(folder: Path) -> str | None:
+    """SHA-256 of the tokenizer files in a model folder; None if there are none."""
     found = sorted(path.name for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     return digest({name: _content_digest(folder / name) for name in found}) if found else None
 

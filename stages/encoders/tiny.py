@@ -19,7 +19,7 @@ def write_tiny_model(folder: Path) -> None:
     """Writes config.json, model.safetensors and tokenizer.json; the same bytes every time."""
     from safetensors.numpy import save_file
 
-    tokenizer = _tokenizer_json()
+    tokenizer = tiny_tokenizer()
     vocabulary = len(json.loads(tokenizer)["model"]["vocab"])
     config = {
         "architectures": ["T5EncoderModel"],
@@ -86,7 +86,7 @@ def _weights(vocabulary: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def _tokenizer_json() -> str:
+def tiny_tokenizer() -> str:
     """A T5-like unigram tokenizer: a token for each word of the synthetic captions, letters and bytes for the rest."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

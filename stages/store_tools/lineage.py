@@ -95,30 +95,37 @@ def _stored(
 def _stored_in(
     store: Store, position: int, removals: list[Removal], name: str, value: str
 ) -> Iterator[dict[str, Any]]:
-    manifest, shard = store.manifest, int(store.manifest.index[position])
     samples = store.shard(position).samples
     for row, _ in matching_rows(samples, {name: (value,)}):
-        sample = samples.row(row)
-        reason = manifest.excluded.get(position, {}).get(row)
-        yield {
-            "fate": "stored" if reason is None else "excluded",
-            **({} if reason is None else {"reason": reason}),
-            "shard": shard,
-            "row": row,
-            "key": sample.key,
-            "url": sample.url,
-            "sha256": sample.sha256,
-            "width": sample.width,
-            "height": sample.height,
-            "input_row": sample.input_row,
-            "retry_of": _retry_of(store, position, sample.input_row),
-            **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
-            **({"columns": dict(sample.columns)} if sample.columns else {}),
-            "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
-            **({"caption_sets": sets} if (sets := _caption_sets(store, position, row)) else {}),
-            "groups": _groups(store, position, row, sample.caption_ids),
-            **_removal_of(removals, shard, row),
-        }
+        yield stored_row(store, position, row) | _removal_of(removals, int(store.manifest.index[position]), row)
+
+
+def stored_row(store: Store, position: int, row: int) -> dict[str, Any]:
+    """What became of one row of a store: its source, its captions and, by group, its files, rows, shapes and encoder.
+
+    Raises:
+        StoreError: a file of the row is missing or unreadable.
+    """
+    manifest, sample = store.manifest, store.shard(position).samples.row(row)
+    reason = manifest.excluded.get(position, {}).get(row)
+    return {
+        "fate": "stored" if reason is None else "excluded",
+        **({} if reason is None else {"reason": reason}),
+        "shard": int(manifest.index[position]),
+        "row": row,
+        "key": sample.key,
+        "url": sample.url,
+        "sha256": sample.sha256,
+        "width": sample.width,
+        "height": sample.height,
+        "input_row": sample.input_row,
+        "retry_of": _retry_of(store, position, sample.input_row),
+        **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
+        **({"columns": dict(sample.columns)} if sample.columns else {}),
+        "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
+        **({"caption_sets": sets} if (sets := _caption_sets(store, position, row)) else {}),
+        "groups": _groups(store, position, row, sample.caption_ids),
+    }
 
 
 def _retry_of(store: Store, position: int, input_row: int) -> dict[str, int] | None:

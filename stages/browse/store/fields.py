@@ -1,0 +1,56 @@
+"""What samples can be filtered by, sorted by and counted by."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from imagen_core.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A property of samples.
+
+    Attributes:
+        key: its name in addresses.
+        title: its name on pages.
+        column: its column in the table of samples; made of letters, digits and underscores.
+        kind: whole numbers and numbers have ranges, and choices have some values that occur often.
+    """
+
+    key: str
+    title: str
+    column: str
+    kind: Literal["int", "float", "choice"]
+
+    @property
+    def sql_type(self) -> str:
+        """Its type in the table of samples."""
+        return {"int": "BIGINT", "float": "DOUBLE", "choice": "VARCHAR"}[self.kind]
+
+
+_KINDS: dict[str, Literal["int", "float", "choice"]] = {
+    "int": "int",
+    "float": "float",
+    "bool": "choice",
+    "text": "choice",
+}
+
+
+def fields_of(store: Store) -> list[Field]:
+    """The fields of a store's samples, in the order of the page."""
+    scores = [name for name, group in store.manifest.arrays.items() if group.spec.shape == ()]
+    columns = store.columns.items()
+    return [
+        *(Field(f"tokens.{name}", f"tokens of {name}", f"tokens_{i}", "int") for i, name in enumerate(store.encoders)),
+        Field("characters", "characters of the caption", "characters", "int"),
+        Field("width", "width, px", "width", "int"),
+        Field("height", "height, px", "height", "int"),
+        Field("aspect", "width / height", "aspect", "float"),
+        Field("bucket", "bucket, width x height px", "bucket", "choice"),
+        Field("host", "host of the URL", "host", "choice"),
+        Field("label", "label", "label", "choice"),
+        Field("copies", "samples of the same file", "copies", "int"),
+        Field("duplicate", "found by the search for duplicates", "duplicate", "choice"),
+        *(Field(f"array.{name}", name, f"array_{i}", "float") for i, name in enumerate(scores)),
+        *(Field(f"column.{name}", name, f"column_{i}", _KINDS[kind]) for i, (name, kind) in enumerate(columns)),
+    ]
