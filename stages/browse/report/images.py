@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 
 from imagen_core.store import Store
 from pipeline.storage.run_folder import RunFolder
+from stages.browse.run.staged import StagedOriginals
 from stages.images import ImageRejected, decode_rgb
-from stages.store_tools.staged import staged_bytes
 
 _MAX_COUNTED_CAPTIONS = 4096
 _SHOWN_PX = 256
@@ -62,18 +61,15 @@ def dropped_images(run: RunFolder, drops: Sequence[Mapping[str, Any]]) -> dict[t
 
     Args:
         drops: as `first_drops` gives them.
+    Raises:
+        OSError, ValueError, KeyError: a file of originals is damaged.
     """
-    rows: dict[int, list[int]] = defaultdict(list)
-    for drop in drops:
-        rows[drop["shard"]].append(drop["row"])
-    found: dict[tuple[int, int], str] = {}
-    for shard, wanted in rows.items():
-        for original, data in staged_bytes(run, shard, wanted):
-            if len(found) >= _MOST_THUMBNAILS:
-                return found
+    staged, found = StagedOriginals(run), {}
+    for shard, row in ((drop["shard"], drop["row"]) for drop in drops):
+        image = staged.image(shard, row) if len(found) < _MOST_THUMBNAILS else None
+        if image is not None:
             with suppress(ImageRejected):
-                pixels = decode_rgb(data, max_pixels=_MOST_PIXELS, orientation=original.orientation).pixels
-                found[shard, original.row] = _thumbnail_url(pixels)
+                found[shard, row] = _thumbnail_url(decode_rgb(image[0], max_pixels=_MOST_PIXELS).pixels)
     return found
 
 
