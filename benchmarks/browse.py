@@ -31,10 +31,16 @@ from benchmarks.store_formats import file_entry, prompts
 from imagen_core import store as st
 
 DIM, SHARD_ROWS = 64, 1000
+SCENE = (
+    ("red", "green", "blue", "yellow", "black", "white", "silver", "Golden"),
+    ("fox", "zebra", "bicycle", "teapot", "lighthouse", "robot", "cello", "balloon", "tram", "kite"),
+    ("castle", "river", "station", "market", "glacier", "library"),
+)
 SOURCES = ("photos", "drawings", "maps", "charts", "scans")
 AT_ONCE = 6  # connections of a browser to one host
 TARGETS = {"first page": 1.0, "search": 1.0, "filter": 1.0}
 TARGET_MIB = 400.0
+READING = "The samples are being read"
 
 
 def main() -> None:
@@ -53,19 +59,28 @@ def main() -> None:
             found["browse"].append(browse_round(store))
             for name in PEERS:
                 found[name].append(in_process(name, store))
+        check_counts({name: rounds[0] for name, rounds in found.items()})
     results = [row for name, rounds in found.items() for row in medians(name, rounds)]
     notes = [
         f"{arguments.rows:,} rows in shards of {SHARD_ROWS:,}, images of {SIZE_PX} px, embeddings cut from one array; "
         "warm page cache",
         "first page: a server or process that has read nothing until its first page is there with all its images; "
-        f"search and filter: the median of {len(WORDS)} different ones, with the images of the page",
+        "search and filter, once all rows are read: the median of five different ones, with the images of the page",
         f"images by {AT_ONCE} connections, as a browser asks; nothing is drawn",
         "peers: all columns of the samples files and the pixels in one table, the first rows as PNG; search in lower "
-        "case; their number of results is the same",
+        "case; all find the same number",
         "mib: the process's greatest resident memory",
     ]
     packages = ["imagen-precompute", "starlette", "uvicorn", "duckdb", "datasets", "pandas", "pyarrow"]
     report("browse", results, ratios(results), arguments.out, packages, notes)
+
+
+def check_counts(rounds: dict[str, dict[str, Any]]) -> None:
+    """All find the same number of samples."""
+    for action in ("search found", "filter found"):
+        counts = {name: each[action] for name, each in rounds.items()}
+        if len({tuple(each) for each in counts.values()}) != 1:
+            sys.exit(f"{action}: {counts}")
 
 
 def medians(name: str, rounds: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -88,6 +103,7 @@ def medians(name: str, rounds: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
         "target_mib": TARGET_MIB,
     }
     yield {"who": name, "what": "start", "median_s": statistics.median(each["start_s"] for each in rounds)}
+    yield {"who": name, "what": "all rows read", "median_s": statistics.median(each["read_s"] for each in rounds)}
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -139,10 +155,13 @@ def write_store(root: Path, num_rows: int) -> None:
 
 
 def caption_texts(count: int, random: np.random.Generator) -> list[str]:
-    """Distinct captions: two prompts one after the other, and a number."""
+    """Distinct captions: a prompt, a scene and a number."""
     texts = prompts()
-    pairs = random.integers(0, len(texts), (count, 2))
-    return [f"{texts[a]}, {texts[b]}, number {i}" for i, (a, b) in enumerate(pairs)]
+    chosen = random.integers(0, (len(texts), *map(len, SCENE)), (count, 1 + len(SCENE))).tolist()
+    return [
+        f"{texts[text]}, a {SCENE[0][color]} {SCENE[1][thing]} near the {SCENE[2][place]}, number {i}"
+        for i, (text, color, thing, place) in enumerate(chosen)
+    ]
 
 
 def sample(number: int, caption: str, row: int, random: np.random.Generator) -> st.SampleRow:
@@ -165,12 +184,18 @@ def sample(number: int, caption: str, row: int, random: np.random.Generator) -> 
 
 
 def browse_round(store: Path) -> dict[str, Any]:
-    """Seconds of each page from a new server, and its memory at the end."""
+    """Seconds of each page from a new server, its memory at the end, and how many samples it found."""
     with server(store) as (address, process, start_s):
-        page = urljoin(address, "/p/1/")
-        result: dict[str, Any] = {"start_s": start_s, "first page": [timed(lambda: load(page))]}
-        result["search"] = [timed(lambda query=query: load(query)) for query in searches(page)]
-        result["filter"] = [timed(lambda query=query: load(query)) for query in filters(page)]
+        page, started = urljoin(address, "/p/1/"), time.perf_counter()
+        load(page)
+        result: dict[str, Any] = {"start_s": start_s, "first page": [time.perf_counter() - started]}
+        while READING in urlopen(page, timeout=60).read().decode():
+            time.sleep(0.1)
+        result["read_s"] = time.perf_counter() - started
+        for action, queries in (("search", searches(page)), ("filter", filters(page))):
+            done = [timed(lambda query=query: load(query)) for query in queries]
+            result[action] = [seconds for seconds, _ in done]
+            result[f"{action} found"] = [count for _, count in done]
         result["mib"] = peak_mib(str(process.pid))
     return result
 
@@ -201,14 +226,16 @@ def server(store: Path) -> Iterator[tuple[str, subprocess.Popen, float]]:
 
 
 def load(address: str) -> int:
-    """Gets a page and its images; the number of images."""
+    """Gets a page and its images; returns how many samples it says there are."""
     text = urlopen(address, timeout=60).read().decode()
     images = [urljoin(address, unescape(source)) for source in re.findall(r'<img[^>]* src="([^"]+)"', text)]
     if not images:
-        sys.exit(f"{address} shows no image")
+        sys.exit(f"{address}: the page shows no image")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         assert all(pool.map(lambda source: len(urlopen(source, timeout=60).read()), images))
-    return len(images)
+    count = re.search(r"<strong>([0-9,]+)</strong> samples", text)
+    assert count is not None
+    return int(count[1].replace(",", ""))
 
 
 # ---- the peers ----
