@@ -1,6 +1,7 @@
 """The pages of a run: how far it is, live while it goes; its drops; the images of drops that are staged."""
 
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
@@ -57,7 +58,7 @@ class RunPages:
         details = self._details(view, request.app.state.places)
         return render(request, template, place=self.place, view=view, **details)
 
-    def _details(self, view: Part[RunView], others: Sequence[Place]) -> dict[str, object]:
+    def _details(self, view: Part[RunView], others: Sequence[Place]) -> dict[str, Any]:
         found = view.value
         if found is None:
             return {}

@@ -13,7 +13,9 @@ from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
 from stages.browse.run.live import all_retry_command, failed_shards, retry_command
 from tests.commands import call
+from tests.object_store import object_store
 from tests.pipeline.engine.test_watch import PLAN, resized, task, write_event
+from tests.runs import SMALL, precompute
 from tests.stages.browse.clients import client
 from tests.stages.browse.run.test_drops import write_list
 
@@ -41,7 +43,7 @@ def test_the_page_of_a_running_run_follows_it(run: RunFolder) -> None:
         assert '<progress max="10" value="1" aria-label="fetch">' in page
         text = shown(page)
         assert re.search(r"ETA 0:27 executor ray running for 3.0 s", text)
-        assert "fetch 1/10 9 3 0.7 0 0 0:27" in text
+        assert "fetch 1/10 9 3.0 0.7 0:27 0 0" in text
     write_event(run, "run_ended", 104.0, outcome="finished")
 
 
@@ -188,3 +190,23 @@ def test_rates_and_counts_are_json_free_of_paths_from_requests(small_run: Path) 
     assert "<html" not in live
     assert shown(live) in shown(page)
     assert json.loads((small_run / "summary.json").read_text())["outcome"] in live
+
+
+@pytest.mark.slow
+def test_a_run_on_an_object_store_has_the_same_pages() -> None:
+    with object_store() as s3:
+        url = f"{s3.url}/run"
+        precompute(url, *SMALL, "encoders=[]", "keep_originals=true")  # pyright: ignore[reportArgumentType]
+        browser = client(url)
+        text = shown(browser.get("/p/1/").text)
+        assert "precompute: finished" in text
+        assert "resize 3/3" in text
+        drops = browser.get("/p/1/drops").text
+        assert "1 dropped rows: 1 to 1" in drops
+        assert "synthetic://0/000000002.png" in drops
+        assert f"--out {url} --retry-dropped http_404" in drops
+        assert browser.get("/p/1/drops/0/2").status_code == 404
+        s3.faults.rule = lambda method, path: "403"
+        for address in ("/p/1/", "/p/1/live", "/p/1/drops"):
+            answer = browser.get(address)
+            assert (answer.status_code, "Traceback" in answer.text) == (200, False)
