@@ -38,7 +38,7 @@ def report_command(path: str) -> CommandResult:
         return {"report": page, "bytes": storage.size(_PAGE), **content.summary()}, [f"report  {page}"], 0
     if kind in ("sampling", "evaluation"):
         raise ConfigError(
-            f"RUN_OR_STORE {path}: is the folder of a {kind}, and reports are about runs, stores and trainings; "
+            f"PATH {path}: is the folder of a {kind}, and reports are about runs, stores and trainings; "
             f"`pipeline browse {path}` shows it"
         )
     return _store_report(path)
