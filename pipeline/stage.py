@@ -80,7 +80,8 @@ class GroupResult:
     `_min` or `_max` the minimum or maximum is kept. Progress shows a drop at the stage that found it: `found_unusable`
     counts rows that a later stage lists as drops, `found_before` drops that an earlier stage found."""
     info: Mapping[str, object] = field(default_factory=dict)
-    """Further entries of the record (`excluded_rows` by reason, ...)."""
+    """Further entries of the record (`excluded_rows` by reason, ...); `found_before`: of the drops, those that an
+    earlier stage found, by reason."""
 
 
 class Task:

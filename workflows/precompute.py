@@ -258,9 +258,14 @@ class Precompute(ShardedWorkflow):
             *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
-            *_retry_hint(summary),
+            *(_retry_hint(summary) or _retry_step(summary, run)),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
+            ("browse", f"pipeline browse {run.url}"),
+            (
+                "train",
+                f"pipeline run train -c CONFIG --out NEW store={run.store_url}  (pipeline config ls lists CONFIG)",
+            ),
         ]
 
 
@@ -309,3 +314,17 @@ def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("changed", "; ".join(changes)),
         ("", f"finished shards keep their drops ({listed}); --retry-dropped {','.join(drops)} tries them again"),
     ]
+
+
+_MOST_REASONS = 3
+"""So many reasons are named in a command; more are `all`."""
+
+
+def _retry_step(summary: Mapping[str, Any], run: RunFolder) -> list[tuple[str, str]]:
+    """The command that tries the dropped rows again."""
+    drops = {reason: n for reason, n in summary["tally"]["groups"][SAMPLES]["drops"].items() if reason != REMOVED}
+    if not drops:
+        return []
+    reasons = ",".join(drops) if len(drops) <= _MOST_REASONS else "all"
+    rows = f"{sum(drops.values()):,} row" + ("" if sum(drops.values()) == 1 else "s")
+    return [("dropped", f"{rows}; pipeline run precompute --out {run.url} --retry-dropped {reasons}")]

@@ -214,9 +214,12 @@ def status(
     run_folder: Annotated[str, typer.Argument(metavar="RUN", help="Run folder; or, with --address, a job.")],
     address: JobsAddressOrNone = None,
     follow: Annotated[bool, typer.Option("--follow", help="Follow the job until it ends, as `submit` does.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the run until it ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the progress of a run or of a submitted job."""
+    if address is not None and watch:
+        raise ConfigError("--watch: a job is followed by --follow; give that, or the RUN without --address")
     if address is not None:
         from pipeline.cli.show import show_job
         from pipeline.deploy.submit import RayJobs
@@ -229,10 +232,15 @@ def status(
         print_json(job) if as_json else show_job(job)
         return
     if follow:
-        raise ConfigError("--follow: only a job can be followed; give its --address")
+        raise ConfigError("--follow: only a job can be followed; give its --address, or --watch for a run folder")
     from pipeline.cli.show import show_status
     from pipeline.engine.status import run_status
 
+    if watch:
+        from pipeline.cli.watch import watch_run
+
+        watch_run(run_folder, print_json if as_json else show_status, as_json=as_json)
+        return
     result = run_status(run_folder)
     print_json(result) if as_json else show_status(result)
 

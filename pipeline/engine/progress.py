@@ -1,4 +1,4 @@
-"""Shows the progress of a run: rich bars on a terminal, one plain line every 10 s elsewhere."""
+"""Shows the progress of a run: a line per stage on a terminal, one plain line every 10 s elsewhere."""
 
 import sys
 import time
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.engine.lines import StageLine, duration, stage_lines
 from pipeline.executors.task import TaskOutcome
 from pipeline.stage import Shard, Stage
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from rich.console import RenderableType
+    from rich.live import Live
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -23,6 +24,8 @@ class _StageCount:
     rows: int = 0
     drops: int = 0
     seconds: float = 0.0
+    unneeded: int = 0
+    """Shards that were admitted without it: it had finished them before."""
 
 
 class Lines:
@@ -74,46 +77,56 @@ class Progress:
         self.started = time.perf_counter()
         self.skipped = 0
         self._next_line = self.started + _PLAIN_INTERVAL_S
-        self._bars: RichProgress | None = None
-        self._bar_ids: dict[str, TaskID] = {}
+        self._live: Live | None = None
 
     def __enter__(self) -> "Progress":
         if not self.quiet and sys.stderr.isatty():
-            self._open_bars()
+            self._open_lines()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _open_bars(self) -> None:
+    def _open_lines(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        from rich.live import Live
+        from rich.text import Text
 
-        self._bars = RichProgress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards  {task.fields[rate]:>10}  {task.fields[drops]} drops  ETA"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
+        console = Console(stderr=True)
+
+        def render() -> "RenderableType":
+            return Text("\n".join(stage_lines(self.lines(), console.width)), no_wrap=True, overflow="crop")
+
+        self._live = Live(console=console, get_renderable=render, refresh_per_second=4)
+        self._live.start()
+
+    def lines(self) -> list[StageLine]:
+        """The stages as they are shown."""
+        elapsed = time.perf_counter() - self.started
+        return [self._stage_line(name, count, elapsed) for name, count in self.counts.items()]
+
+    def _stage_line(self, name: str, count: _StageCount, elapsed: float) -> StageLine:
+        done, total = count.shards + count.unneeded + self.skipped, self.total_shards
+        left = max(0, total - done) if total else 0
+        return StageLine(
+            name,
+            done,
+            total,
+            count.rows / elapsed if count.rows else None,
+            count.drops,
+            left * elapsed / count.shards if left and count.shards else None,
         )
-        for name in self.counts:
-            self._bar_ids[name] = self._bars.add_task(name, total=self.total_shards, rate="", drops=0)
-        self._bars.start()
 
     def admit(self, shard: Shard, needed: Sequence[Stage]) -> None:
         """A shard starts; stages it does not need count as finished."""
         for name in self.counts.keys() - {stage.name for stage in needed}:
-            self._advance(name)
+            self.counts[name].unneeded += 1
 
     def skip(self, shard: Shard) -> None:
         """A shard was complete already."""
         self.skipped += 1
-        for name in self.counts:
-            self._advance(name)
 
     def task_done(self, outcome: TaskOutcome) -> None:
         """A stage finished a shard."""
@@ -122,7 +135,6 @@ class Progress:
         count.seconds += outcome.seconds
         count.rows += max((record.rows for record in outcome.records.values()), default=0)
         count.drops += max(map(_drops_found, outcome.records.values()), default=0)
-        self._advance(outcome.request.stage)
         self._plain()
 
     def task_failed(self, outcome: TaskOutcome) -> None:
@@ -131,8 +143,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Shows a message."""
-        if self._bars is not None:
-            self._bars.console.print(text, markup=False)
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
         elif not self.quiet:
             print(text, file=sys.stderr)
 
@@ -147,31 +159,19 @@ class Progress:
             for name, count in self.counts.items()
         }
 
-    def _advance(self, name: str) -> None:
-        if self._bars is None:
-            return
-        count, bar = self.counts[name], self._bar_ids[name]
-        task = next(task for task in self._bars.tasks if task.id == bar)
-        if task.total is not None and task.completed >= task.total:
-            self._bars.update(bar, total=task.completed + 1)  # it was an estimate
-        self._bars.update(bar, advance=1, rate=self._rate(count), drops=count.drops)
-
-    def _of_total(self, done: int) -> str:
-        """`3/8`; the total is an estimate, so it grows with what is done."""
-        return f"{done}/{max(done, self.total_shards)}" if self.total_shards else str(done)
-
-    def _rate(self, count: _StageCount) -> str:
-        elapsed = time.perf_counter() - self.started
-        return f"{count.rows / elapsed:,.0f} smp/s" if count.rows else ""
-
     def _plain(self) -> None:
         now = time.perf_counter()
-        if self.quiet or self._bars is not None or now < self._next_line:
+        if self.quiet or self._live is not None or now < self._next_line:
             return
         self._next_line = now + _PLAIN_INTERVAL_S
-        parts = [
-            f"{name} {self._of_total(count.shards + self.skipped)} shards {self._rate(count)}"
-            + (f" {count.drops} drops" if count.drops else "")
-            for name, count in self.counts.items()
-        ]
-        print(f"[{now - self.started:5.0f} s] " + "; ".join(parts), file=sys.stderr, flush=True)
+        print(
+            f"[{now - self.started:5.0f} s] " + "; ".join(map(_plain_line, self.lines())), file=sys.stderr, flush=True
+        )
+
+
+def _plain_line(line: StageLine) -> str:
+    """`resize 3/8 shards 120 rows/s 2 drops ETA 0:05`; the total is an estimate, so it grows with what is done."""
+    shards = f"{line.done}/{max(line.done, line.total)}" if line.total else str(line.done)
+    rate = "" if line.rows_per_s is None else f" {line.rows_per_s:,.0f} rows/s"
+    drops = f" {line.drops} drops" if line.drops else ""
+    return f"{line.name} {shards} shards{rate}{drops}" + ("" if line.eta_s is None else f" ETA {duration(line.eta_s)}")

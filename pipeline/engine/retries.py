@@ -160,6 +160,11 @@ def retried_rows(run: RunFolder) -> defaultdict[int, set[int]]:
     return result
 
 
+def retried_reasons(run: RunFolder) -> Counter[str]:
+    """How many dropped rows a later round tries again, by the reason of the drop."""
+    return Counter(str(line["reason"]) for file in _round_files(run) for line in _read(run, file))
+
+
 def retry_origins(run: RunFolder) -> dict[int, list[tuple[int, int]]]:
     """Index of each retry shard -> (shard index, row) that each of its rows was tried as before."""
     result: dict[int, list[tuple[int, int]]] = {}

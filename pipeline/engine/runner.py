@@ -109,7 +109,8 @@ def _execute(
     progress = Progress(plan.stages, plan.estimated_shards, quiet=options.quiet)
     stop = StopSignals(execution.grace_s)
     scheduler = Scheduler(state, executor, events, progress, execution, stop)
-    events.write("run_started", workflow=workflow, executor=options.executor)
+    total = {} if plan.estimated_shards is None else {"shards": plan.estimated_shards}
+    events.write("run_started", workflow=workflow, executor=options.executor, **total)
     outcome = "interrupted"
     with stop:
         for notice in plan.notices:

@@ -216,7 +216,7 @@ class Scheduler:
             setup_s=round(outcome.setup_s, 4),
             cpu_s=round(outcome.cpu_s, 4),
             **({"node": outcome.node} if outcome.node else {}),
-            groups={n: {"rows": r.rows, "drops": dict(r.drops)} for n, r in outcome.records.items()},
+            groups={name: _described(record) for name, record in outcome.records.items()},
         )
         self.progress.task_done(outcome)
         self._submit_ready(job)
@@ -287,3 +287,9 @@ class Scheduler:
         for group in self.plan.transient_groups - self.plan.keep:
             self.background.do(self.run.delete_shards, group, self.used)
         self.used = []
+
+
+def _described(record: Record) -> dict[str, object]:
+    """What the event of a task says of a group."""
+    before = record.info.get("found_before")
+    return {"rows": record.rows, "drops": dict(record.drops), **({"found_before": before} if before else {})}

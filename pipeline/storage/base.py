@@ -49,6 +49,10 @@ class Storage(ABC):
     def read(self, name: str) -> bytes: ...
 
     @abstractmethod
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes of a file from byte `start` on; fewer, or none, where it ends before."""
+
+    @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces a small file."""
 

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -82,14 +83,78 @@ def _append(file: io.FileIO, data: bytes) -> None:
         raise
 
 
+class EventReader:
+    """Reads the events of a folder as they are added: each call of `new` goes on where the one before ended."""
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._offset = 0
+        self._file: tuple[int, int] | None = None
+        """Device and inode of the local file."""
+        self._read: dict[str, int] = {}
+        """Bytes of the files read from an object store, by name."""
+        self._pending: deque[bytes] = deque()
+        """Lines of those files that no call has given yet."""
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The events since the last one that was taken; an empty dict for a damaged line. A line without its end comes
+        with a later call, when it is complete. A caller may stop anywhere: the next call gives the rest.
+
+        Raises:
+            ReplacedError: the events that were read are gone, so the folder is another one; read with a new reader.
+        """
+        return self._new_local(self._storage) if isinstance(self._storage, LocalStorage) else self._new_far()
+
+    def _new_local(self, storage: LocalStorage) -> Iterator[dict[str, Any]]:
+        try:
+            file = (storage.root / _FILE).open("rb")
+        except (FileNotFoundError, NotADirectoryError):
+            if self._file is not None:
+                raise ReplacedError(f"{storage.url}/{_FILE}: is gone") from None
+            return
+        with file:
+            status = os.fstat(file.fileno())
+            opened = status.st_dev, status.st_ino
+            if self._file not in (None, opened) or status.st_size < self._offset:
+                raise ReplacedError(f"{storage.url}/{_FILE}: was replaced")
+            self._file = opened
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield _event(line)
+
+    def _new_far(self) -> Iterator[dict[str, Any]]:
+        sizes = {f"{EVENTS_FOLDER}/{name}": size for name, size, _ in self._storage.listing(EVENTS_FOLDER)}
+        if (size := self._storage.size(_FILE)) is not None:  # of a folder that was copied here
+            sizes[_FILE] = size
+        if any(sizes.get(name) != size for name, size in self._read.items()):
+            raise ReplacedError(f"{self._storage.url}/{EVENTS_FOLDER}: was replaced")
+        names = sorted((name for name in sizes if name not in self._read), key=lambda name: (name != _FILE, name))
+        for name, data in zip(names, self._storage.map(self._storage.read, names), strict=True):
+            self._read[name] = sizes[name]
+            self._pending += data.splitlines()
+        while self._pending:
+            yield _event(self._pending.popleft())
+
+
+class ReplacedError(Exception):
+    """The events that an `EventReader` has read are no longer those of the folder."""
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    return event if isinstance(event, dict) else {}
+
+
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
     """The events of all runs of the folder; an empty dict for a line that a killed run left unfinished."""
     for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(storage.names(EVENTS_FOLDER)))]:
         if storage.size(name) is None:
             continue
         for line in storage.read_lines(name):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            yield event if isinstance(event, dict) else {}
+            yield _event(line.encode("utf-8", "surrogatepass"))

@@ -49,6 +49,11 @@ class LocalStorage(Storage):
         with open(self._path(name), "rb", buffering=0) as file:
             return file.read()
 
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        with open(self._path(name), "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
     def write(self, name: str, data: bytes) -> None:
         self.before_change()
         write_bytes(self.root / name, data)

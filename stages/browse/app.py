@@ -15,12 +15,22 @@ from imagen_core.far import StorageError
 from imagen_core.store import StoreError
 from pipeline.errors import PipelineError
 from stages.browse.places import Kind, Place
+from stages.browse.run.pages import routes as run_routes
 from stages.browse.security import Access, OnlyThisUser
 from stages.browse.store.pages import routes as store_routes
 from stages.browse.summary import summary_of
+from stages.browse.training.image_pages import routes as image_routes
+from stages.browse.training.pages import compare, compared_curves
+from stages.browse.training.pages import routes as training_routes
 from stages.browse.web import error_line, part, render
 
-PARTS: dict[Kind, Callable[[Place], list[Route]]] = {"store": store_routes}
+PARTS: dict[Kind, Callable[[Place], list[Route]]] = {
+    "run": run_routes,
+    "store": store_routes,
+    "training": training_routes,
+    "sampling": image_routes,
+    "evaluation": image_routes,
+}
 """The pages of a place, by its kind: routes below `/p/NUMBER`, one of them `/`."""
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _FAILURES = (StoreError, PipelineError, StorageError, OSError, Exception)
@@ -32,7 +42,13 @@ def make_app(places: Sequence[Place], access: Access) -> ASGIApp:
     """The application over some places; it answers only whom `access` lets in."""
     mounts = [Mount(f"/p/{place.number}", routes=_routes(place)) for place in places]
     app = Starlette(
-        routes=[Route("/", _index), Route("/static/{name}", _static), *mounts],
+        routes=[
+            Route("/", _index),
+            Route("/static/{name}", _static),
+            Route("/compare", compare),
+            Route("/compare/curves", compared_curves),
+            *mounts,
+        ],
         exception_handlers={HTTPException: _refused, **dict.fromkeys(_FAILURES, _failed)},
     )
     app.state.places = list(places)

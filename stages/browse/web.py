@@ -2,18 +2,22 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
 
 from imagen_core.far import without_secrets
+from pipeline.engine.lines import duration
 from pipeline.errors import first_line
 from pipeline.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:  # `pipeline report` uses these templates without the packages of the server
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -53,8 +57,10 @@ def error_line(error: BaseException) -> str:
     return line if isinstance(error, OSError | ValueError | RuntimeError) else _with_class(error, line)
 
 
-def render(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
+def render(request: "Request", template: str, *, status: int = 200, **context: Any) -> "Response":
     """A page from `templates/`; values are escaped. Templates also see `request`, and `places` for the navigation."""
+    from starlette.responses import HTMLResponse
+
     text = templates().get_template(template).render(request=request, places=request.app.state.places, **context)
     return HTMLResponse(text, status)
 
@@ -67,12 +73,17 @@ def templates() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found.filters.update(human_bytes=human_bytes, human_seconds=human_seconds, number=_number, pretty_json=_pretty)
+    found.filters.update(duration=duration, unix_time=_unix_time)
     return found
 
 
 def _number(value: float) -> str:
     """1,234 or 1.234e-05."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _unix_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _pretty(value: object) -> str:

@@ -26,7 +26,7 @@ def write_report(root: Path, results: Mapping[str, Any]) -> list[str]:
     """
     rows = results["rows"]
     write_json(root / RESULTS, results)
-    write_text(root / TABLE, _table(rows, results["features_model"], results["clip_model"]))
+    write_text(root / TABLE, _table(results))
     points = [row for row in rows if "frechet_distance" in row and "clip_score" in row]
     if len(points) < 2:
         (root / PLOT).unlink(missing_ok=True)
@@ -40,19 +40,30 @@ def distance_name(model: str | None) -> str:
     return f"FD ({model or 'features of unknown origin'})"
 
 
-def _table(rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> str:
-    columns = [("frechet_distance", distance_name(features_model), "{:.4f}", None), *_COLUMNS]
+def table_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The results as text: a line of titles, then one per row; only the metrics that a row has."""
+    rows = results["rows"]
+    columns = [("frechet_distance", distance_name(results["features_model"]), "{:.4f}", None), *_COLUMNS]
     columns = [column for column in columns if any(column[0] in row for row in rows)]
-    lines = [
+    return [
         ["images of", "number", *(title for _, title, _, _ in columns)],
-        ["---"] * (len(columns) + 2),
         *([row["name"], f"{row['images']:,}", *(_cell(row, *column) for column in columns)] for row in rows),
     ]
-    notes = [f"- {row['name']}: {row['warning']}" for row in rows if "warning" in row]
+
+
+def notes_of(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of the results must know."""
+    rows, clip_model = results["rows"], results["clip_model"]
+    notes = [f"{row['name']}: {row['warning']}" for row in rows if "warning" in row]
     truncated = {row["captions_truncated"] for row in rows if row.get("captions_truncated")}
-    notes += [f"- {count:,} captions are longer than the CLIP model takes, and were truncated" for count in truncated]
-    notes += [f"- CLIP score: 100 cos, by {clip_model}"] if clip_model else []
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes += [f"{count:,} captions are longer than the CLIP model takes, and were truncated" for count in truncated]
+    return notes + ([f"CLIP score: 100 cos, by {clip_model}"] if clip_model else [])
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    titles, *rows = table_of(results)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (titles, ["---"] * len(titles), *rows))
+    notes = [f"- {note}" for note in notes_of(results)]
     return f"{table}\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
 

@@ -1,6 +1,7 @@
 """Turns originals into samples and their images at every size, each straight from the original."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -171,9 +172,11 @@ class ResizeStage(Stage):
         counters["distinct_captions"] = len(caption_ids)
         sizes, stored = [(sample.width, sample.height) for sample in samples], self.images.aspect == "buckets"
         counters |= crop_counters(sizes, self.images.possible_shapes(), stored=stored)
-        if found_before := sum(entry.reason is not None for entry in originals.entries):
-            counters["found_before"] = found_before
-        task.done(SAMPLES, GroupResult(len(samples), drops, counters, {NUM_REMOVALS: len(removals)}))
+        info: dict[str, object] = {NUM_REMOVALS: len(removals)}
+        if found_before := Counter(str(entry.reason) for entry in originals.entries if entry.reason is not None):
+            counters["found_before"] = found_before.total()
+            info["found_before"] = dict(sorted(found_before.items()))
+        task.done(SAMPLES, GroupResult(len(samples), drops, counters, info))
         for group in (*writers.groups, *([HASHES.name] if writers.hashes else [])):
             task.done(group, GroupResult(len(samples)))
 

@@ -1,7 +1,8 @@
 """Dropped rows with their URL and captions, which the lists of drops do not have: they are read from the source."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -43,19 +44,27 @@ def first_drops(run: RunFolder, limit: int) -> list[dict[str, Any]]:
         if len(drops) >= limit:
             break
     drops = drops[:limit]
-    wanted = {drop["shard"] for drop in drops}
-    try:
-        source = source_of_run(run)
-        shards = _input(run, source) if wanted else iter(())
-        while wanted and (shard := next(shards, None)) is not None:
-            rows = source.rows_of(shard) if shard.index in wanted else []
-            for drop in (drop for drop in drops if drop["shard"] == shard.index and drop["reason"] != REMOVED):
-                row = rows[drop["row"]]
-                drop.update(url=row.url, captions=None if row.captions is None else list(row.captions))
-            wanted.discard(shard.index)
-    except (ConfigError, StaleOutputError):
-        pass  # the source is gone or has changed: the keys still say which rows
+    with suppress(ConfigError, StaleOutputError):  # the source is gone or has changed: the keys still say which rows
+        add_source_rows(run, drops)
     return drops
+
+
+def add_source_rows(run: RunFolder, drops: Sequence[dict[str, Any]]) -> None:
+    """Adds `url` and `captions` to drops of the input, with `shard`, `row` and `reason`, as the source lists them, or
+    None where a worker reads them. Reads no further shard than the drops need. Removed rows stay without.
+
+    Raises:
+        ConfigError, StaleOutputError: the source is gone, or has changed.
+    """
+    wanted = {drop["shard"] for drop in drops}
+    source = source_of_run(run)
+    shards = _input(run, source) if wanted else iter(())
+    while wanted and (shard := next(shards, None)) is not None:
+        rows = source.rows_of(shard) if shard.index in wanted else []
+        for drop in (drop for drop in drops if drop["shard"] == shard.index and drop["reason"] != REMOVED):
+            row = rows[drop["row"]]
+            drop.update(url=row.url, captions=None if row.captions is None else list(row.captions))
+        wanted.discard(shard.index)
 
 
 def _input(run: RunFolder, source: Source) -> Iterator[Shard]:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from imagen_core.store import Store
 from pipeline.cli.main import main
-from pipeline.engine.progress import Progress
 from pipeline.errors import ConfigError
 from tests.commands import call
 from tests.runs import REPOSITORY
@@ -114,12 +113,6 @@ def test_a_dry_run_of_a_restart_changes_nothing_and_says_so(tmp_path: Path) -> N
     assert content() == before
     as_json = json.loads(call(*changed, "--dry-run", "--restart", "--json").out)
     assert any("bicubic" in line for line in as_json["rebuilt"])
-
-
-def test_done_shards_are_never_more_than_all() -> None:
-    progress = Progress([], 1, quiet=True)
-    assert [progress._of_total(done) for done in (0, 1, 2)] == ["0/1", "1/1", "2/2"]
-    assert Progress([], None, quiet=True)._of_total(2) == "2"
 
 
 def test_no_remedy_names_a_package_of_the_index_that_is_not_there() -> None:

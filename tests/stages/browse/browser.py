@@ -1,53 +1,56 @@
-"""A real browser on a real server; tests that use it are skipped where one is missing."""
+"""The application in a real browser: Chromium through Playwright, where both are installed."""
 
+import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from stages.browse.app import make_app
+from stages.browse.places import find_places
+from stages.browse.security import Access
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_LEFT = "net::ERR_ABORTED"
+"""Of a request whose page was left before its end."""
+_REFUSED = "Failed to load resource: the server responded"
+
 
 @contextmanager
-def served(*paths: Path) -> Iterator[str]:
-    """The address of the application over some folders, in a thread of this process."""
+def serving(*paths: str | os.PathLike[str]) -> Iterator[str]:
+    """Serves pages about some folders from a thread; gives the address, without a slash at its end."""
     import uvicorn
 
-    from stages.browse.app import make_app
-    from stages.browse.command import _listen
-    from stages.browse.places import find_places
-    from stages.browse.security import Access
-
-    listener = _listen("127.0.0.1", 0)
+    listener = socket.create_server(("127.0.0.1", 0))
     access = Access.to("127.0.0.1", listener.getsockname()[1])
-    config = uvicorn.Config(
-        make_app(find_places([str(p) for p in paths]), access), log_level="critical", lifespan="off"
-    )  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
+    app = make_app(find_places([os.fspath(path) for path in paths]), access)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield access.url
+        yield access.url.rstrip("/")
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(30)
         listener.close()
 
 
 @contextmanager
-def chromium() -> Iterator["Browser"]:
+def started_chromium() -> Iterator["Browser"]:
     """A headless browser; skips the test with the reason where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs chromium on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         try:
             yield browser
         finally:
@@ -55,33 +58,41 @@ def chromium() -> Iterator["Browser"]:
 
 
 @contextmanager
-def watched(browser: "Browser", address: str, *, width: int = 1600, dark: bool = False) -> Iterator["Page"]:
-    """A page on which there must be no console error, and from which nothing but the server is asked."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
-    )
+def watched(
+    browser: "Browser", address: str, *, width: int = 1600, dark: bool = False, answered: bool = True, **options: Any
+) -> Iterator["Page"]:
+    """A page on which there must be no console error, and from which nothing but the server is asked.
+
+    Args:
+        answered: every answer must be a good one, as well; else a test that expects another one asserts it.
+        options: of the browser's context.
+    """
+    usual = {"viewport": {"width": width, "height": 900}, "color_scheme": "dark" if dark else "light"}
+    context = browser.new_context(**{"reduced_motion": "reduce", **usual, **options})
     page = context.new_page()
     page.set_default_timeout(60_000)
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: None if _is_own(request.url, address) else problems.append(request.url))
-    page.on("requestfailed", lambda request: problems.append(f"{request.failure}: {request.url}"))
+    found: list[str] = []
+    page.on("console", lambda message: found.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: found.append(str(error)))
     page.on(
-        "response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
+        "request", lambda request: None if request.url.startswith((address, "data:")) else found.append(request.url)
     )
+    page.on("requestfailed", lambda request: found.append(f"{request.failure}: {request.url}"))
+    if answered:
+        page.on("response", lambda each: found.append(f"{each.status} {each.url}") if each.status >= 400 else None)
     try:
         yield page
-        serious = [
-            problem for problem in problems if not problem.startswith("net::ERR_ABORTED")
-        ]  # left before its end
-        assert not serious, serious
+        accepted = (_LEFT,) if answered else (_LEFT, _REFUSED)
+        assert [each for each in found if not each.startswith(accepted)] == []
     finally:
         context.close()
 
 
-def _is_own(url: str, address: str) -> bool:
-    return url.startswith((address, "data:"))
+@contextmanager
+def chromium(**options: Any) -> Iterator["Page"]:
+    """The page of `watched` in a browser of its own, with `options` of its context."""
+    with started_chromium() as browser, watched(browser, "http://127.0.0.1:", answered=False, **options) as page:
+        yield page
 
 
 def fits(page: "Page") -> bool:
