@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import PLAN, RunFolder
 
 RUNNING = "running"
+READING = "reading its events"
 INTERRUPTED = "interrupted"
 """The state of a run that was killed, or whose machine was lost: it has not said how it ended."""
 _MOST_FAILURES = 50
@@ -29,8 +31,8 @@ _LISTED_AGAIN = 20.0
 """Records are listed again after so many times the seconds that it took."""
 _LISTED_S, _LISTED_FAR_S = 1.5, 15.0
 """Least seconds between listings, on a local folder and on an object store."""
-_RECORDS_S = 1.0
-"""Seconds per look for reading records of which there is no event."""
+_RECORDS_S, _EVENTS_S = 1.0, 1.5
+"""Seconds per look for reading records of which there is no event, and for reading events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,9 @@ class RunView:
     """A run at a moment.
 
     Attributes:
-        state: `running`, `interrupted`, or how the latest run ended: `finished`, `failed`, `stopped: ...`.
+        state: `running`, `interrupted`, or how the latest run ended: `finished`, `failed`, `stopped: ...`; where nothing
+            runs and the events are not all read yet, `reading its events`.
+        is_behind: there are more events than this look has read.
         total_shards: an estimate of the run; None if there is none.
         started, last_event: Unix times of the latest run; None before it.
         throughput: by stage (Unix time of the start of an interval, rows per second in it).
@@ -135,6 +139,7 @@ class RunView:
     failures: tuple[FailedTry, ...]
     num_failed_tries: int
     retried: Mapping[str, int]
+    is_behind: bool
 
     @property
     def is_running(self) -> bool:
@@ -219,6 +224,7 @@ class RunWatch:
         self._damaged: set[tuple[str, int]] = set()
         self._list_at = 0.0
         self._retried: Mapping[str, int] = {}
+        self._is_behind = False
 
     def look(self, max_age_s: float = 0.0) -> RunView:
         """The run now, or as it was seen within the last `max_age_s` seconds."""
@@ -247,15 +253,19 @@ class RunWatch:
         lasting = [
             name for stage in plan["stages"] for name in stage["groups"] if name not in plan["transient_groups"]
         ]
-        self._list_records(lasting)
+        if not self._is_behind:
+            self._list_records(lasting)
         return self._view(plan, set(lasting), running)
 
     def _read_events(self) -> None:
+        until = time.monotonic() + _EVENTS_S
+        self._is_behind = False
         for event in self._reader.new():
-            try:
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a damaged line that is JSON all the same
                 self._take(event)
-            except (KeyError, TypeError, ValueError, AttributeError):  # a damaged line that is JSON all the same
-                continue
+            if time.monotonic() > until:
+                self._is_behind = True
+                return
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, latest = event.get("event"), self._latest
@@ -335,6 +345,8 @@ class RunWatch:
         )
         if running:
             state = RUNNING
+        elif self._is_behind:
+            state = READING
         else:
             state = latest.outcome or (INTERRUPTED if latest.started else "not started")
         drops = self._drops(plan, groups)
@@ -354,6 +366,7 @@ class RunWatch:
             failures=tuple(reversed(latest.failures)),
             num_failed_tries=sum(latest.failed.values()),
             retried=self._retried,
+            is_behind=self._is_behind,
         )
 
     def _drops(self, plan: Mapping[str, Any], groups: Sequence[GroupView]) -> tuple[DropsView, ...]:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -92,10 +93,12 @@ class EventReader:
         """Device and inode of the local file."""
         self._read: dict[str, int] = {}
         """Bytes of the files read from an object store, by name."""
+        self._pending: deque[bytes] = deque()
+        """Lines of those files that no call has given yet."""
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """The events since the last call; an empty dict for a damaged line. A line without its end comes with a later
-        call, when it is complete.
+        """The events since the last one that was taken; an empty dict for a damaged line. A line without its end comes
+        with a later call, when it is complete. A caller may stop anywhere: the next call gives the rest.
 
         Raises:
             ReplacedError: the events that were read are gone, so the folder is another one; read with a new reader.
@@ -131,7 +134,9 @@ class EventReader:
         names = sorted((name for name in sizes if name not in self._read), key=lambda name: (name != _FILE, name))
         for name, data in zip(names, self._storage.map(self._storage.read, names), strict=True):
             self._read[name] = sizes[name]
-            yield from map(_event, data.splitlines())
+            self._pending += data.splitlines()
+        while self._pending:
+            yield _event(self._pending.popleft())
 
 
 class ReplacedError(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.engine import watch as watch_module
 from pipeline.engine.watch import RunWatch
 from pipeline.errors import ConfigError
 from pipeline.storage import LocalStorage
@@ -214,7 +215,6 @@ def test_a_drop_is_one_of_the_stage_that_found_it(run: RunFolder) -> None:
     assert [stage.drops for stage in view.stages] == [8, 10]
 
 
-@pytest.mark.slow
 def test_the_events_of_a_run_say_which_stage_found_each_drop(small_run: Path) -> None:
     view = RunWatch(str(small_run)).look()
     assert [(found.stage, found.group, found.reason, found.count) for found in view.drops] == [
@@ -224,3 +224,19 @@ def test_the_events_of_a_run_say_which_stage_found_each_drop(small_run: Path) ->
     shutil.copy(small_run / "plan.json", small_run.parent / "without")
     without_events = RunWatch(str(small_run.parent / "without")).look()
     assert without_events.drops == view.drops
+
+
+def test_many_events_are_read_over_several_looks_each_once(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_event(run, "run_started", 100.0, shards=3)
+    for shard in range(3):
+        resized(run, shard, 101.0 + shard)
+    write_event(run, "run_ended", 104.0, outcome="finished")
+    monkeypatch.setattr(watch_module, "_EVENTS_S", -1.0)  # one event per look
+    watch = RunWatch(run.url)
+    views = [watch.look() for _ in range(6)]
+    assert [view.stages[1].done for view in views] == [0, 1, 2, 3, 3, 3]
+    assert [view.is_behind for view in views] == [True] * 5 + [False]
+    assert [views[0].state, views[-1].state] == ["reading its events", "finished"]
+    assert views[-1].stages[1].rows == 24

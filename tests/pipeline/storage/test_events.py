@@ -84,6 +84,9 @@ def test_of_an_object_store_each_file_of_events_is_read_once() -> None:
             log.write("task", number=number)
             log.close()
         assert numbers(reader) == [1, 2]
+        stopped = EventReader(storage)
+        assert next(stopped.new())["number"] == 1
+        assert numbers(stopped) == [2]
         s3.requests.clear()
         assert numbers(reader) == []
         assert s3.requests.by_kind()["GET"] == 0

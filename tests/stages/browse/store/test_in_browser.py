@@ -10,7 +10,7 @@ import pytest
 
 from imagen_core.store import Store
 from tests.runs import EMOJI, precompute
-from tests.stages.browse.store.browser import chromium, contrast, fits, pixels_shown, served, tab_to, watched
+from tests.stages.browse.browser import contrast, fits, pixels_shown, serving, started_chromium, tab_to, watched
 from tests.stages.browse.store.stores import Given, write_store
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ NUM_SAMPLES = 100
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    with chromium() as found:
+    with started_chromium() as found:
         yield found
 
 
@@ -49,7 +49,7 @@ def some_emoji(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def address(run: Path) -> Iterator[str]:
-    with served(run) as url:
+    with serving(run) as url:
         yield url
 
 
@@ -85,7 +85,7 @@ def test_search_filter_sort_and_sample_show_what_the_store_has(browser: "Browser
 
 def test_a_bar_filters_the_grid_and_its_condition_is_cleared(browser: "Browser", address: str) -> None:
     with watched(browser, address) as page:
-        page.goto(f"{address}p/2/")
+        page.goto(f"{address}/p/2/")
         bar = page.locator("section", has_text="tokens of t5").locator("a.bar").nth(2)
         count = int((bar.get_attribute("aria-label") or "").rpartition(": ")[2])
         bar.click()
@@ -99,7 +99,7 @@ def test_a_bar_filters_the_grid_and_its_condition_is_cleared(browser: "Browser",
 
 def test_the_keyboard_alone_finds_and_opens_a_sample_and_enlarges_it(browser: "Browser", address: str) -> None:
     with watched(browser, address) as page:
-        page.goto(f"{address}p/2/")
+        page.goto(f"{address}/p/2/")
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.className") == "skip"
         page.keyboard.press("/")
@@ -125,7 +125,7 @@ def test_the_keyboard_alone_finds_and_opens_a_sample_and_enlarges_it(browser: "B
 def test_the_pages_fit_and_are_readable(browser: "Browser", address: str, width: int, dark: bool) -> None:
     with watched(browser, address, width=width, dark=dark) as page:
         for path in ("", "p/2/", "p/2/?width_min=1&q=a", "p/2/sample/0/0", "p/2/nearest/0/0/0/0"):
-            page.goto(address + path)
+            page.goto(f"{address}/{path}")
             assert fits(page), path
             assert contrast(page) > 7, path
         assert contrast(page, "a[href]") > 4.5
@@ -139,15 +139,15 @@ def test_hostile_captions_run_nothing_and_fit(browser: "Browser", tmp_path: Path
         "w" * 100_000,
     ]
     store = write_store(tmp_path / "<b>store", [[Given(caption) for caption in captions]])
-    with served(store) as url, watched(browser, url, width=400) as page:
+    with serving(store) as url, watched(browser, url, width=400) as page:
         for path in ("p/1/", *(f"p/1/sample/0/{row}" for row in range(4))):
-            page.goto(url + path)
+            page.goto(f"{url}/{path}")
             assert page.title() != "x"
             assert fits(page), path
         assert page.locator("details p.text").inner_text() == ""
         page.get_by_text("Show all 100,000 characters").click()
         assert len(page.locator("details p.text").inner_text()) == 100_000
-        page.goto(f"{url}p/1/sample/0/2")
+        page.goto(f"{url}/p/1/sample/0/2")
         assert page.locator("p.text").first.evaluate("(text) => getComputedStyle(text).direction") == "rtl"
 
 
@@ -157,10 +157,10 @@ def test_a_truncated_shard_is_shown_as_an_error_in_its_place_and_breaks_nothing(
     store = write_store(tmp_path / "store", [[Given("one")], [Given("two")]])
     damaged = store / "images-8" / "00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    with served(store) as url, watched(browser, url) as page:
-        page.goto(f"{url}p/1/")
+    with serving(store) as url, watched(browser, url) as page:
+        page.goto(f"{url}/p/1/")
         page.wait_for_load_state("networkidle")
         assert pixels_shown(page, ".grid img") == [8, 8, 150, 150]
-        page.goto(f"{url}p/1/sample/1/0")
+        page.goto(f"{url}/p/1/sample/1/0")
         assert "images-8/00001.parquet" in page.locator(".error").first.inner_text()
         assert page.locator("p.text").inner_text() == "two"
