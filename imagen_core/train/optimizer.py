@@ -10,7 +10,7 @@ from torch import nn
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
 from imagen_core.train.lora.adapter import saved_parameters
-from imagen_core.train.offload import OffloadedAdamW
+from imagen_core.train.parallel.offload import OffloadedAdamW
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

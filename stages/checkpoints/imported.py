@@ -240,11 +240,20 @@ def _write_stages(
     more = "" if session else "'stages=[{checkpoint: DECODER}]' "
     if prior is None and "image_embed" in encoders.embeds:
         more = "'prior={checkpoint: PRIOR}' "
-    lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}'prompts=[...]'")
+    lines.append(
+        f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}{_images_of(stages, encoders)}"
+    )
     name, stage = named[0]
     reads = "".join(f" {field}={record['name']}" for field, record in _read(stage, encoders).items())
     lines.append(f"train on: pipeline run train -c {target}/{name}/train.yaml --out trained store=STORE{reads}")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
+
+
+def _images_of(stages: Sequence[ImportedStage], encoders: ImportedEncoders) -> str:
+    """The override that says what to sample: captions, or classes for models that read no captions."""
+    if encoders.text is not None or encoders.embeds:
+        return "'prompts=[...]'"
+    return "labels=[...]" if any(stage.config.unet.num_classes for stage in stages) else "'prompts=[\"\"]'"
 
 
 def link_files(files: Sequence[Path], folder: Path) -> None:

@@ -54,6 +54,7 @@ def origin(loaded: LoadedDenoiser) -> dict[str, object]:
     tokens = each_encoder(loaded.encoder)
     several = isinstance(loaded.encoder, list)
     encoders = {f"captions.{one['name']}" if several else "captions": one for one in tokens} | loaded.embed_encoders
+    further = {"condition_images": dict(loaded.condition_images)} if loaded.condition_images else {}
     return {
         "step": loaded.step,
         "weights": loaded.weights,
@@ -62,6 +63,7 @@ def origin(loaded: LoadedDenoiser) -> dict[str, object]:
             "denoiser": loaded.denoiser.config.model_dump(mode="json", exclude_defaults=True),
             "max_tokens": loaded.max_tokens,
             "encoders": {name: encoder["fingerprint"] for name, encoder in encoders.items()},
+            **further,
         },
     }
 

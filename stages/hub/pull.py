@@ -70,12 +70,18 @@ def pull_command(repo: str, *, out: str, revision: str | None = None) -> Command
             (folder / left).unlink()
         shutil.rmtree(folder / _CACHE, ignore_errors=True)
         commit_folder(folder, target)
+    return _report(remote, form, files, out, details, is_there=is_there)
+
+
+def _report(
+    remote: Remote, form: Form, files: "dict[str, RepoFile]", out: str, details: list[str], *, is_there: bool
+) -> CommandResult:
     num_bytes = sum(file.size for file in files.values())
     result: dict[str, object] = {
         "repository": remote.name,
         "commit": remote.revision,
         "form": form.name,
-        "folder": str(target),
+        "folder": out,
         "files": len(files),
         "bytes": num_bytes,
         "was_there": is_there,

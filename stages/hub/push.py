@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagen_core.store import MANIFEST_NAME
+from imagen_core.store import MANIFEST_NAME, SAMPLES_GROUP
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
 from pipeline.storage.open import open_storage
@@ -77,6 +78,57 @@ def push_command(
         if not _is(there.get(CARD), card):
             RepoCard(card.decode()).validate(repo_type=repo_type)  # before anything is uploaded
         commit = _upload(remote, package, missing, stale, card, there)
+    return _report(remote, package, missing, stale, commit)
+
+
+def open_package(path: str, weights: str | None) -> Package:
+    """What is at a path or URL, ready to be pushed.
+
+    Raises:
+        ConfigError: it is unfinished, or neither a store, nor an export, nor a model.
+    """
+    if not (path.endswith(".safetensors") or Path(path).is_file()):
+        package = _open_folder(path)
+        if package is not None and weights is not None:
+            raise ConfigError(f"--weights {weights}: is for checkpoints of a training; leave it out")
+        if package is not None:
+            return package
+    try:
+        return model_package(path, weights)
+    except ConfigError as error:
+        if "has no checkpoint" not in str(error):
+            raise
+        raise ConfigError(
+            f"PATH {path}: is neither a store, nor an export of one, nor a trained model; give one of these"
+        ) from error
+
+
+def _open_folder(path: str) -> Package | None:
+    """A store, an export or a diffusers folder; None if it is none of these.
+
+    Raises:
+        ConfigError: it is unfinished.
+    """
+    storage = open_storage(path)
+    if any(storage.size(name) is not None for name in (MANIFEST_NAME, f"{STORE}/{MANIFEST_NAME}")):
+        return store_package(path)
+    if (export := export_folder(path)) is not None:
+        return export_package(path, export)
+    if storage.size(DIFFUSERS.head) is not None:
+        return diffusers_package(path)
+    plan = storage.read_json_if_whole(PLAN)
+    if isinstance(plan, dict) and plan.get("workflow") in ("precompute", "export"):
+        raise ConfigError(
+            f"{path}: this {plan['workflow']} is not finished; run the same command to its end, then push it"
+        )
+    if next(storage.names(SAMPLES_GROUP), None) is not None:
+        raise ConfigError(f"{path}: is no complete store, as it has no {MANIFEST_NAME}; finish its run, then push it")
+    return None
+
+
+def _report(
+    remote: Remote, package: Package, missing: Sequence[Item], stale: Sequence[str], commit: str | None
+) -> CommandResult:
     result: dict[str, object] = {
         "repository": remote.name,
         "revision": remote.revision,
@@ -96,48 +148,9 @@ def push_command(
     lines += package.notes
     if stale:
         lines.append(_HISTORY.format(len(stale)))
-    at = "" if revision is None else f" --revision {revision}"
+    at = "" if remote.revision == "main" else f" --revision {remote.revision}"
     lines.append(f"get it: pipeline pull {remote.name}{at} --out FOLDER")
     return result, lines, EXIT_OK
-
-
-def open_package(path: str, weights: str | None) -> Package:
-    """What is at a path or URL, ready to be pushed.
-
-    Raises:
-        ConfigError: it is unfinished, or neither a store, nor an export, nor a model.
-    """
-    storage = open_storage(path)
-    is_file = path.endswith(".safetensors")
-    if not is_file and any(storage.size(name) is not None for name in (MANIFEST_NAME, f"{STORE}/{MANIFEST_NAME}")):
-        _refuse_weights(weights)
-        return store_package(path)
-    if not is_file and (export := export_folder(path)) is not None:
-        _refuse_weights(weights)
-        return export_package(path, export)
-    if not is_file and storage.size(DIFFUSERS.head) is not None:
-        _refuse_weights(weights)
-        return diffusers_package(path)
-    plan = None if is_file else storage.read_json_if_whole(PLAN)
-    if isinstance(plan, dict) and plan.get("workflow") in ("precompute", "export"):
-        raise ConfigError(
-            f"{path}: this {plan['workflow']} is not finished; run the same command to its end, then push it"
-        )
-    if not is_file and next(storage.names("samples"), None) is not None:
-        raise ConfigError(f"{path}: is no complete store, as it has no {MANIFEST_NAME}; finish its run, then push it")
-    try:
-        return model_package(path, weights)
-    except ConfigError as error:
-        if "has no checkpoint" in str(error):
-            raise ConfigError(
-                f"PATH {path}: is neither a store, nor an export of one, nor a trained model; give one of these"
-            ) from error
-        raise
-
-
-def _refuse_weights(weights: str | None) -> None:
-    if weights is not None:
-        raise ConfigError(f"--weights {weights}: is for checkpoints of a training; leave it out")
 
 
 def _create(remote: Remote, *, private: bool) -> None:

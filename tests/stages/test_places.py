@@ -45,7 +45,7 @@ TAKES = {
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
     *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
-    *("image_encoders.null", "duplicates.exclude", "stores.path", "lora.base"),
+    *("image_encoders.null", "duplicates.exclude", "stores.path", "lora.base", "condition_images", "push.path"),
 }
 """Keys and options whose value may be a URL. What is here has a test with one, here or in test_object_store.py and
 test_folder_url.py."""
@@ -70,7 +70,7 @@ OTHER = {
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
     *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
-    *("targets", "negative_prompt", "architecture", "text_layers"),
+    *("targets", "negative_prompt", "architecture", "text_layers", "flags", "repo", "license"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 
@@ -111,7 +111,7 @@ def is_known(key: str) -> bool:
     last = key.rpartition(".")[2]
     if last in OTHER or last in MODELS or last in REFUSES or last.endswith(("_column", "_member", "_field")):
         return True
-    return any(key.endswith(f".{known}") for known in TAKES) or key.replace(".", " ") in REFUSES
+    return any(f".{key}".endswith(f".{known}") for known in TAKES) or key.replace(".", " ") in REFUSES
 
 
 def test_every_key_and_option_with_a_text_is_known_as_a_place_or_as_something_else() -> None:

@@ -51,7 +51,7 @@ SHARED = "model.safetensors"
 """The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
 configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
-_MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
+_MAY_CHANGE = ("unet.activation_checkpointing:", "unet.checkpointed_parts:")  # memory and time, not results
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ def load_checkpoint(
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
-        if not found and (path / SHARED).is_file():
+        if not found and (path / SHARED).is_file() and not FOLDER.fullmatch(path.name):
             return _load_file(path / SHARED, weights)
         if not found:
             raise CheckpointError(

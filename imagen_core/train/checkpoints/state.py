@@ -12,7 +12,7 @@ from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, 
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.lora.adapter import saved_parameters
-from imagen_core.train.offload import OffloadedAdamW
+from imagen_core.train.parallel.offload import OffloadedAdamW
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, unsharded
 

@@ -40,6 +40,7 @@ def test_flags_of_a_readme_become_a_checkpoint(base: Path, tmp_path: Path) -> No
     assert result.code == 0, result.err
     assert "base.pt -> " in result.out
     assert "store=STORE\n" in result.out, "it reads no captions"
+    assert "--out images 'prompts=[\"\"]'\n" in result.out
     loaded = load_checkpoint(tmp_path / "run/unet-0")
     assert loaded.encoder is None
     mine = loaded.denoiser.state_dict()
@@ -63,6 +64,7 @@ def test_a_base_model_and_an_upsampler_sample_together(base: Path, tmp_path: Pat
     out = tmp_path / "run"
     result = imported(out, upsampler, base)
     assert result.code == 0, result.err
+    assert "--out images labels=[...]\n" in result.out, "the upsampler reads classes"
     command = ["run", "sample", "-c", str(out / "sample.yaml"), "--out", str(tmp_path / "generated"), "--quiet"]
     changes = [f"stages.{k}.sampling={{grid: {{kind: respaced, sections: '2'}}, num_steps: 2}}" for k in (0, 1)]
     result = call(*command, "prompts=[a, b]", "labels=[3, 998]", "device=cpu", *changes)

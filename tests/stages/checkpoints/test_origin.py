@@ -21,6 +21,7 @@ OTHER: dict[str, Any] = {
     "weights": "model",
     "sha256": "1" * 64,
     "max_tokens": 9,
+    "condition_images": {"depth": 1},
 }
 """Another value of each field of a loaded checkpoint that decides what it generates."""
 ELSEWHERE = ("shapes", "place")

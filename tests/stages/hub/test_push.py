@@ -244,10 +244,12 @@ def test_half_a_store_is_refused(hub: Hub, copy_of_small_run: Path) -> None:
 
 def test_what_is_nothing_of_the_kind_is_refused(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no store")
-    for place in (tmp_path, tmp_path / "absent"):
+    for place in (tmp_path, tmp_path / "absent", tmp_path / "notes.txt", tmp_path / "absent.safetensors"):
         result = call("push", str(place), "me/scenes")
         assert result.code == 2
-        assert "is neither a store, nor an export of one, nor a trained model" in result.err
+        assert str(place) in result.err
+        assert len(result.err.splitlines()) == 1
+    assert "is neither a store, nor an export of one, nor a trained model" in call("push", str(tmp_path), "me/x").err
     assert hub.repositories == {}
 
 

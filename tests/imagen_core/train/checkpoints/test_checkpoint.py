@@ -227,7 +227,7 @@ def test_recomputing_activations_may_be_switched_on_when_memory_runs_out(
     trained: Path, store: Path, tmp_path: Path
 ) -> None:
     copied(trained, tmp_path)
-    recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True}}
+    recomputing = BASE | {"unet": BASE_UNET | {"activation_checkpointing": True, "checkpointed_parts": ["up"]}}
     assert train(make_config(store, num_steps=5, denoiser=recomputing), tmp_path)["steps"] == 5
 
 

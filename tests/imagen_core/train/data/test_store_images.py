@@ -29,7 +29,7 @@ DEPTH, COLOUR, SCORE = (
 
 def pixels(spec: st.ArraySpec, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, spec.shape).astype(spec.dtype) for _ in range(40)]
+    return [rng.integers(0, 256, [n or 1 for n in spec.shape]).astype(spec.dtype) for _ in range(40)]
 
 
 @pytest.fixture(scope="module")

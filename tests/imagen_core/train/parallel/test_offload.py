@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train import OptimizerConfig, offload, train
+from imagen_core.train import OptimizerConfig, train
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import make_optimizer
+from imagen_core.train.parallel import offload
 from tests.imagen_core.train.small import BASE, make_config, tensors
 
 FAST: dict[str, Any] = {"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.1}
