@@ -1,6 +1,6 @@
 """Makes the screenshot of the README: the grid of a store of the demo's scenes, searched.
 
-    python -m tests.stages.browse.screenshot docs/browse.png
+python -m tests.stages.browse.screenshot docs/browse.png
 """
 
 import sys

@@ -10,7 +10,7 @@ from stages.browse.report.histograms import aspect_chart, count_chart, image_sha
 from tests.imagen_core.train.small import make_store
 
 
-def counts(chart: histograms.BarChart) -> dict[str, int]:
+def counts(chart: histograms.BarChart) -> dict[str, float]:
     return {bar.label: bar.count for bar in chart.bars if bar.count}
 
 

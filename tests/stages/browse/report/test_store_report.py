@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html import unescape
@@ -68,6 +69,14 @@ def test_without_kept_originals_drops_are_listed_without_images(tmp_path: Path) 
     assert sorted(dropped_rows(page)) == ["b.png", "d.png", "f.png"]
     assert "src=" not in "".join(dropped_rows(page).values())
     assert "bytes are still in the run folder" not in page
+
+
+def test_drops_are_listed_by_key_where_the_source_is_gone(tmp_path: Path) -> None:
+    out = run(tmp_path)
+    shutil.rmtree(tmp_path / "images")
+    page = page_of(out)
+    assert sorted(dropped_rows(page)) == ["b.png", "d.png", "f.png"]
+    assert "no image</td>" not in page, "captions are in the source alone"
 
 
 def test_damaged_originals_are_a_line_in_their_place_and_the_rest_is_shown(tmp_path: Path) -> None:
