@@ -49,7 +49,7 @@ def stage_lines(stages: Sequence[StageLine], width: int) -> list[str]:
 
 
 def fitting(parts: Sequence[str], width: int) -> str:
-    """As many of the parts as a line of `width` characters has room for, whole, with two spaces between; at least one."""
+    """As many of the parts as fit a line of `width` characters, whole, with two spaces between; at least one."""
     line = parts[0]
     for part in parts[1:]:
         if len(line) + len(_GAP) + len(part) > width:
