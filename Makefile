@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
 
-.PHONY: demo test test-slow check docs bench evidence clean
+.PHONY: demo test test-slow check docs screenshot bench evidence clean
 
 demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, sample
 	$(BIN)/pipeline run precompute -c demo --out $(DEMO)
@@ -30,6 +30,9 @@ check: $(VENV)/.dev  ## style, types, and who may import whom
 
 docs: $(VENV)/.docs  ## build the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+screenshot: $(VENV)/.dev  ## the demo's samples in `pipeline browse`, for README; needs chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stages.browse.screenshot docs/browse.png
 
 bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.resize --out benchmarks/results/resize.json
@@ -59,6 +62,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --work evidence-run/faults --most 400 --out benchmarks/results/faults.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.far --work evidence-run/far --out benchmarks/results/far.json
 	$(BIN)/python -m benchmarks.chaos --runs 30 --work evidence-run/chaos --out benchmarks/results/chaos.json
+	$(BIN)/python -m benchmarks.browse --work evidence-run/browse --out benchmarks/results/browse.json
 	$(BIN)/python -m benchmarks.hostile --work evidence-run/hostile --out benchmarks/results/hostile.json
 	$(BIN)/python -m benchmarks.damage --work evidence-run/damage --out benchmarks/results/damage.json
 	$(BIN)/python -m benchmarks.duplicates --work evidence-run/duplicates --out benchmarks/results/duplicates.json

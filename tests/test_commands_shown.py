@@ -29,6 +29,7 @@ from workflows.train import TrainWorkflowConfig
 ELSEWHERE = {
     "cluster.md": "needs a Ray cluster; tests/pipeline/deploy/test_submit.py has one",
     "add-a-stage.md": "needs an installed stage; tests/stages/precompute/test_make_arrays.py has one",
+    "browse.md": "serves until Ctrl-C; tests/stages/browse/test_command.py runs it",
     "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
     "deepfloyd-if.md": "needs pipelines of DeepFloyd IF; tests/workflows/test_deepfloyd_if.py runs them on tiny ones",

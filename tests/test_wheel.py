@@ -68,7 +68,7 @@ def test_the_wheel_has_configurations_profiles_templates_the_report_page_and_typ
         if path.is_file() and path.suffix not in (".py", ".pyc")
     ]
     assert len([name for name in data if name.startswith("workflows/configs/") and name.endswith(".yaml")]) > 25
-    assert "stages/store_tools/report/page.html" in data
+    assert {"stages/browse/templates/report/store.html", "stages/browse/static/browse.css"} <= set(data)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(data)
     assert any(name.endswith(".j2") for name in data)
     assert sorted(set(data) - names) == []

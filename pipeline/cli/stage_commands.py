@@ -89,11 +89,12 @@ def remove(
 
 @stage_commands.command()
 def report(
-    run_or_store: Annotated[str, typer.Argument(metavar="RUN_OR_STORE")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Run folder, store or training; a folder or URL.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a self-contained HTML page about a run: images, captions, drops, sizes, throughput."""
-    show_stage_command("report", run_or_store, as_json)
+    """Write a self-contained HTML page: of a run its images, captions, drops, sizes and throughput; of a training its
+    curves, newest grid and configuration."""
+    show_stage_command("report", path, as_json)
 
 
 @stage_commands.command()

@@ -11,6 +11,9 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
+from imagen_core.far import StorageError
+from imagen_core.store import StoreError
+from pipeline.errors import PipelineError
 from stages.browse.places import Kind, Place
 from stages.browse.run.pages import routes as run_routes
 from stages.browse.security import Access, OnlyThisUser
@@ -30,6 +33,8 @@ PARTS: dict[Kind, Callable[[Place], list[Route]]] = {
 }
 """The pages of a place, by its kind: routes below `/p/NUMBER`, one of them `/`."""
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_FAILURES = (StoreError, PipelineError, StorageError, OSError, Exception)
+"""What a page may raise; only of the last, a fault of ours, the server learns too."""
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +49,7 @@ def make_app(places: Sequence[Place], access: Access) -> ASGIApp:
             Route("/compare/curves", compared_curves),
             *mounts,
         ],
-        exception_handlers={HTTPException: _refused, Exception: _failed},
+        exception_handlers={HTTPException: _refused, **dict.fromkeys(_FAILURES, _failed)},
     )
     app.state.places = list(places)
     app.state.static = _static_files()

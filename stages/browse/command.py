@@ -1,5 +1,6 @@
 """`pipeline browse`: serves the pages until Ctrl-C."""
 
+import signal
 import socket
 import sys
 import threading
@@ -55,6 +56,7 @@ def _serve(listener: socket.socket, places: Sequence, access: object) -> None:
         server_header=False,
         timeout_graceful_shutdown=1,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or it would leave its temporary files
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:

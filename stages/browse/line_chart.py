@@ -244,12 +244,13 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _text(value: float) -> str:
-    """A value in few characters: 0.25, 12,000, 1.5M, 2e-05."""
+    """A value in few characters: 0.25, 12,000, 1.5M, 2e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
         for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
             if factor <= abs(value) < 1e15:
                 return f"{value / factor:.4g}{unit}"
-        return f"{value:.3g}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,13 +1,14 @@
 """What a place holds, in a few words, for the index page."""
 
 import json
-from collections import deque
 from contextlib import suppress
 
 from imagen_core.store import StoreFolder, load_manifest
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import METRICS, PLAN, SUMMARY, RunFolder
 from stages.browse.places import Place
+
+_LAST_BYTES = 64 * 2**10
 
 
 def summary_of(place: Place) -> str:
@@ -45,8 +46,9 @@ def _run(url: str) -> str:
 
 def _training(url: str) -> str:
     storage = open_storage(url)
-    last = deque(storage.read_lines(METRICS), maxlen=2) if storage.size(METRICS) is not None else ()
-    for line in reversed(last):  # a kill may have cut the last one
+    size = storage.size(METRICS) or 0
+    last = storage.read_part(METRICS, max(0, size - _LAST_BYTES), _LAST_BYTES) if size else b""
+    for line in reversed(last.splitlines()):  # a kill may have cut the last one
         with suppress(ValueError, KeyError, TypeError):
             return f"step {int(json.loads(line)['step']):,}"
     return "no step yet"

@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
 
 from imagen_core.far import without_secrets
 from pipeline.engine.lines import duration
 from pipeline.errors import first_line
 from pipeline.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:  # `pipeline report` uses these templates without the packages of the server
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -55,8 +57,10 @@ def error_line(error: BaseException) -> str:
     return line if isinstance(error, OSError | ValueError | RuntimeError) else _with_class(error, line)
 
 
-def render(request: Request, template: str, *, status: int = 200, **context: Any) -> Response:
+def render(request: "Request", template: str, *, status: int = 200, **context: Any) -> "Response":
     """A page from `templates/`; values are escaped. Templates also see `request`, and `places` for the navigation."""
+    from starlette.responses import HTMLResponse
+
     text = templates().get_template(template).render(request=request, places=request.app.state.places, **context)
     return HTMLResponse(text, status)
 

@@ -89,7 +89,8 @@ def import_dalle2_pytorch(paths: Sequence[str], *, out: str, encoder_model: str 
     priors = [_prior(model) for model in models if model.kind == "prior"]
     stages = [stage for model in models if model.kind == "decoder" for stage in _decoder(model)]
     encoders = _encoders(models, [*priors, *stages], encoder_model)
-    return write_stages(target, stages, encoders, prior=priors[0] if priors else None)
+    prior = priors[0] if priors else None
+    return write_stages(target, stages, encoders.text, embed_encoders=encoders.embeds, prior=prior)
 
 
 def _model(path: Path) -> _Model:
@@ -203,7 +204,7 @@ def _encoders(
     image_embed_dim = _width("embeddings of images", [*priors, *decoders])
     text_dim = _width("tokens of captions", [network.text_dim for network in networks])
     if image_embed_dim is None and text_dim is None:
-        return ImportedEncoders(None)
+        return ImportedEncoders(None, {})
     return clip_encoders(
         encoder_model or _clip(models),
         max_tokens=_MAX_TOKENS,

@@ -19,7 +19,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
 from pipeline.storage.scratch import temporary_folder
 from stages.checkpoints.diffusers_files import NOISING, SCHEDULER, UNET, PipelineFiles, find_pipeline
-from stages.checkpoints.imported import ImportedEncoders, ImportedStage, link_files, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, link_files, new_folder, t5_facts, write_stages
 from stages.encoders.recipes.shipped import recipes
 
 CLASSES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -55,11 +55,11 @@ def import_diffusers(paths: Sequence[str], *, out: str, encoder_model: str | Non
     files = [] if encoder_model is not None else _text_encoder([pipe.folder for pipe in found])
     if not files:
         encoder = t5_facts(encoder_model or model, max_tokens, width, **settings)
-        return write_stages(target, stages, ImportedEncoders(encoder))
+        return write_stages(target, stages, encoder)
     with temporary_folder() as parent:
         link_files(files, parent / "text_encoder")
         encoder = t5_facts(str(parent / "text_encoder"), max_tokens, width, **settings)
-        return write_stages(target, stages, ImportedEncoders(encoder), files)
+        return write_stages(target, stages, encoder, files)
 
 
 def _stages(found: Sequence[PipelineFiles]) -> list[ImportedStage]:

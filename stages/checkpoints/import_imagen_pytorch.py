@@ -16,14 +16,7 @@ from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
-from stages.checkpoints.imported import (
-    ImportedEncoders,
-    ImportedStage,
-    load_tensors,
-    new_folder,
-    t5_facts,
-    write_stages,
-)
+from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
 
 _ENCODED_TOKENS = 256
 """Tokens of a caption that it encodes, before they are truncated to max_text_len."""
@@ -51,7 +44,7 @@ def import_imagen_pytorch(paths: Sequence[str], *, out: str, encoder_model: str 
         raise ConfigError(
             f"the UNets generate images of {sizes} pixels; give one of each size, and no placeholders only"
         )
-    return write_stages(target, stages, ImportedEncoders(encoder))
+    return write_stages(target, stages, encoder)
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], bool]:

@@ -14,14 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError
-from stages.checkpoints.imported import (
-    ImportedEncoders,
-    ImportedStage,
-    load_tensors,
-    new_folder,
-    t5_facts,
-    write_stages,
-)
+from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
 
 MODELS = {
     **{f"t5_{size}": f"t5-{size}" for size in ("small", "base", "large", "3b", "11b")},
@@ -59,7 +52,7 @@ def import_minimagen(paths: Sequence[str], *, out: str, encoder_model: str | Non
         config = _denoiser(index, settings, imagen, encoder["dim"])
         network = partial(_network, file, config)
         stages.append(ImportedStage(str(file), config, _sampling(imagen), _MAX_TOKENS, network))
-    return write_stages(target, stages, ImportedEncoders(encoder))
+    return write_stages(target, stages, encoder)
 
 
 def _count(root: Path) -> int:

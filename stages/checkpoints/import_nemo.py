@@ -15,14 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
-from stages.checkpoints.imported import (
-    ImportedEncoders,
-    ImportedStage,
-    load_tensors,
-    new_folder,
-    t5_facts,
-    write_stages,
-)
+from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
 
 ENCODER = "google-t5/t5-11b"
 """NeMo's text encoder."""
@@ -51,7 +44,7 @@ def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = N
     if len(widths) != 1:
         raise ConfigError(f"the models read embeddings of different widths ({widths}), so not of one text encoder")
     encoder = t5_facts(encoder_model or ENCODER, _ENCODED_TOKENS, widths.pop())
-    return write_stages(target, stages, ImportedEncoders(encoder))
+    return write_stages(target, stages, encoder)
 
 
 def _stage(path: Path) -> ImportedStage:

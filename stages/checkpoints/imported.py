@@ -62,13 +62,12 @@ class ImportedEncoders:
 
     Attributes:
         text: of captions as tokens; None if no stage reads them.
-        text_embed: of captions as one vector each, which a prior reads.
-        image_embed: of images, which a prior generates, and decoders read.
+        embeds: `text_embed`, of captions as one vector each, which a prior reads; and `image_embed`, of images, which
+            a prior generates, and decoders read.
     """
 
     text: Mapping[str, Any] | None
-    text_embed: Mapping[str, Any] | None = None
-    image_embed: Mapping[str, Any] | None = None
+    embeds: Mapping[str, Mapping[str, Any]]
 
 
 def new_folder(out: str) -> Path:
@@ -116,16 +115,15 @@ def clip_encoders(
         made = ClipTextConfig(name=name, model=model, max_tokens=max_tokens, output=output, compute_dtype="float32")
         return _facts(made, dim)
 
-    image = None
+    embeds = {}
+    if text_embed_dim is not None:
+        embeds["text_embed"] = text("clip", "projected", text_embed_dim)
     if image_embed_dim is not None:
         with _finding(), (config := ClipImageConfig(name="clip", model=model, from_px=1)).located() as files:
             config = config.model_copy(update={"from_px": config.preprocessing(files).size_px})
-        image = _facts(config, image_embed_dim)
-    return ImportedEncoders(
-        None if text_dim is None else text("clip-tokens", "last_hidden_state", text_dim),
-        None if text_embed_dim is None else text("clip", "projected", text_embed_dim),
-        image,
-    )
+        embeds["image_embed"] = _facts(config, image_embed_dim)
+    tokens = None if text_dim is None else text("clip-tokens", "last_hidden_state", text_dim)
+    return ImportedEncoders(tokens, embeds)
 
 
 def _facts(config: EncoderConfig | ClipImageConfig, dim: int | None) -> dict[str, Any]:
@@ -165,21 +163,25 @@ def load_tensors(file: Path | BinaryIO, name: str) -> Any:
 def write_stages(
     target: Path,
     stages: Sequence[ImportedStage],
-    encoders: ImportedEncoders,
+    encoder: Mapping[str, Any] | None,
     text_encoder: Sequence[Path] = (),
     *,
+    embed_encoders: Mapping[str, Mapping[str, Any]] | None = None,
     prior: ImportedModel | None = None,
 ) -> CommandResult:
     """Writes `unet-0`, `unet-1` ... and `prior` with a checkpoint and a train.yaml each, and `sample.yaml`; all of it
     or nothing.
 
     Args:
+        encoder: of captions as tokens, `t5_facts`; None if no stage reads them.
+        embed_encoders: `ImportedEncoders.embeds`.
         text_encoder: files of the text encoder's model and tokenizer, which become the folder `text_encoder`, as hard
             links where the file system has them; without, the encoder is found by its name.
     Raises:
         ConfigError: the tensors of a stage do not fit, or `target` holds another import; the same one is no error, so
             that a killed import may be started again, whatever it had done.
     """
+    encoders = ImportedEncoders(encoder, embed_encoders or {})
     make_folder(target.absolute().parent)
     temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
     shutil.rmtree(temporary, ignore_errors=True)
@@ -226,7 +228,7 @@ def _write_stages(
     _write_yaml(folder / _SAMPLE, first | ({"stages": session} if session else {}))
     lines = [f"{row['weights']} -> {row['checkpoint']}" for row in rows]
     more = "" if session else "'stages=[{checkpoint: DECODER}]' "
-    if prior is None and encoders.image_embed is not None:
+    if prior is None and "image_embed" in encoders.embeds:
         more = "'prior={checkpoint: PRIOR}' "
     lines.append(f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}'prompts=[...]'")
     name, stage = named[0]
@@ -262,8 +264,8 @@ def _read(model: ImportedModel, encoders: ImportedEncoders) -> dict[str, Mapping
     reads_images = config.kind == "prior" or config.unet.image_embed_dim is not None
     read = {
         "text": None if config.network.text_dim is None else encoders.text,
-        "text_embed": encoders.text_embed if config.kind == "prior" else None,
-        "image_embed": encoders.image_embed if reads_images else None,
+        "text_embed": encoders.embeds.get("text_embed") if config.kind == "prior" else None,
+        "image_embed": encoders.embeds.get("image_embed") if reads_images else None,
     }
     return {field: record for field, record in read.items() if record is not None}
 

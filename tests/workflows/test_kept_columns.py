@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from imagen_core.store import SampleRow, Store, read_samples, verify_store, write_samples
+from stages.browse.report.command import report_command
 from stages.store_tools.inspect import inspect_command
-from stages.store_tools.report.command import report_command
 from tests.commands import call
 from tests.imagen_core.store.handmade_store import rewrite_manifest
 from tests.images import plain_png

@@ -15,7 +15,7 @@ from pipeline.engine.watch import RunView, RunWatch
 from pipeline.storage.run_folder import STORE, SUMMARY, RunFolder
 from stages.browse.line_chart import LineChart, Series, line_chart
 from stages.precompute.fetch import SAMPLES
-from stages.store_tools.report.comparison import compare_with_plan
+from stages.store_tools.comparison import compare_with_plan
 from stages.stores import group_bytes, open_store
 
 _MOST_TRACEBACKS = 20

@@ -44,7 +44,7 @@ def heat_map(embedding: np.ndarray) -> np.ndarray:
     values = embedding[:_MOST_ROWS].astype(np.float32)
     width = -(-values.shape[1] // _MOST_COLUMNS)
     padded = np.pad(values, ((0, 0), (0, -values.shape[1] % width)))
-    parts = padded.reshape(len(values), -1, width)
+    parts = padded.reshape(len(values), padded.shape[1] // width, width)
     finite = np.asarray(np.isfinite(parts).all(axis=2))
     farthest = np.take_along_axis(parts, np.abs(parts).argmax(axis=2)[..., None], axis=2)[..., 0]
     scale = np.percentile(np.abs(farthest[finite]), 99) if finite.any() else 1.0

@@ -102,6 +102,7 @@ class _Pages:
                 "embeddings": image_embeddings_of(store, position, row),
                 "key": part(lambda: store.shard(position).samples.key(row)),
             }
+        table.wait(_WAIT_S)
         at = request.query_params.get("at", "")
         around = (
             part(lambda: _around(table, query, int(at))).value

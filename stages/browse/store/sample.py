@@ -1,5 +1,6 @@
 """What the page of one sample shows."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -134,7 +135,7 @@ def embedding_values(store: Store, group: EmbeddingGroup, position: int, number:
         StoreError: it cannot be read.
     """
     values = restore(embedding_file(store, group, position).stored(number), group.dtype)
-    return values.reshape(len(values), -1)
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def embedding_file(store: Store, group: EmbeddingGroup, position: int) -> EmbeddingFile:

@@ -43,7 +43,7 @@ def state_of(storage: Storage) -> str:
     if lease is not None and abs(time.time() - lease["renewed"]) <= EXPIRE_S:
         return "running"
     summary = storage.read_json_if_whole(SUMMARY)
-    return str(summary.get("outcome", "ended")) if isinstance(summary, dict) else "no summary yet"
+    return str(summary.get("outcome", "ended")) if isinstance(summary, dict) else "not finished"
 
 
 def grid_steps(storage: Storage) -> list[int]:

@@ -51,11 +51,9 @@ def routes(place: Place) -> list[Route]:
     def image(request: Request) -> Response:
         wanted = request.path_params
         try:
-            found = sets.all()
+            name = sets.file(wanted["set"], wanted["index"], wanted["size"])
         except Exception as error:  # noqa: BLE001 - shown in the place of the image
             return PlainTextResponse(error_line(error), 502)
-        number = wanted["set"]
-        name = found[number].file(wanted["index"], wanted["size"]) if number < len(found) else None
         return PlainTextResponse("no such image", 404) if name is None else png(request, storage, name)
 
     return [Route("/", page), Route("/images/{set:int}/{size:int}/{index:int}.png", image)]

@@ -1,7 +1,9 @@
 """The images of a sampling, or of the samplings of an evaluation, by prompt."""
 
+import math
 import re
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +18,7 @@ _SIZE = re.compile(r"images-(\d{1,6})", re.ASCII)
 _FILE = re.compile(r"\d{1,12}\.png", re.ASCII)
 """The only names that are read: a record comes from a folder that anybody may have written."""
 _SET = re.compile(r"generated|guidance-[-+.\w]{1,40}", re.ASCII)
+_KNOWN_S = 10.0
 _WEIGHT = re.compile(r"guidance-(.+)")
 
 
@@ -77,6 +80,7 @@ class ImageSets:
         self._storage = storage
         self._lock = threading.Lock()
         self._records: dict[str, tuple[str, tuple[SampledImage, ...]]] = {}
+        self._found: tuple[float, list[ImageSet]] = -math.inf, []
 
     def all(self) -> list[ImageSet]:
         """The sets: that of the folder itself, or those in it, guidance weights rising.
@@ -93,7 +97,21 @@ class ImageSets:
         ]
         with self._lock:
             found = ((name, self._images(name)) for name in names)
-            return [ImageSet(name, self._sizes(name), images) for name, images in found if images is not None]
+            sets = [ImageSet(name, self._sizes(name), images) for name, images in found if images is not None]
+            self._found = time.monotonic(), sets
+            return sets
+
+    def file(self, number: int, index: int, size_px: int) -> str | None:
+        """Name of the file of an image of a set; None if there is none. The images of a page do not list the folder
+        for each: what was found in the last seconds counts.
+
+        Raises:
+            ConfigError, PipelineError, OSError: as `all`.
+        """
+        when, sets = self._found
+        if time.monotonic() - when > _KNOWN_S or number >= len(sets):
+            sets = self.all()
+        return sets[number].file(index, size_px) if number < len(sets) else None
 
     def _images(self, name: str) -> tuple[SampledImage, ...] | None:
         record = f"{name}/{_RECORD}".lstrip("/")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError
-from stages.checkpoints.imported import ImportedEncoders, ImportedStage, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, new_folder, t5_facts, write_stages
 
 MAX_TOKENS = 64
 
@@ -29,4 +29,4 @@ def import_plain(paths: Sequence[str], *, out: str, encoder_model: str | None = 
         network=lambda: load_file(folder / "weights.safetensors"),
     )
     encoder = t5_facts(encoder_model or "google-t5/t5-small", MAX_TOKENS, config.unet.text_dim)
-    return write_stages(target, [stage], ImportedEncoders(encoder))
+    return write_stages(target, [stage], encoder)

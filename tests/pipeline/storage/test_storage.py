@@ -37,6 +37,15 @@ def test_a_file_is_read_as_it_was_written_and_replaced_as_a_whole(storage: Stora
         assert storage.size("state/a.json") == len(data)
 
 
+def test_a_part_of_a_file_ends_where_the_file_ends(storage: Storage) -> None:
+    data = bytes(range(200))
+    storage.write("state/a", data)
+    for start, length in ((0, 200), (0, 10), (7, 100), (150, 100), (199, 1), (200, 1), (500, 10), (3, 0)):
+        assert storage.read_part("state/a", start, length) == data[start : start + length]
+    with pytest.raises(FileNotFoundError):
+        storage.read_part("state/b", 0, 1)
+
+
 def test_what_is_not_there_has_no_size_no_names_and_can_be_deleted(storage: Storage) -> None:
     assert storage.size("state/a") is None
     assert storage.read_json("state/a") is None

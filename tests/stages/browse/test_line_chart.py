@@ -64,7 +64,7 @@ def test_on_a_logarithmic_axis_equal_factors_are_equal_distances() -> None:
     chart = line_chart("lr", [Series("lr", np.arange(3.0), np.array([1e-4, 1e-3, 1e-2]))], log=True)
     assert chart is not None
     places = [tick.at for tick in chart.y_ticks]
-    assert [tick.text for tick in chart.y_ticks] == ["0.0001", "0.001", "0.01"]
+    assert [tick.text for tick in chart.y_ticks] == ["1e-4", "0.001", "0.01"]
     assert places[0] - places[1] == pytest.approx(places[1] - places[2], abs=0.02)
 
 

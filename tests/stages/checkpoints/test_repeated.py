@@ -11,7 +11,7 @@ from imagen_core.train import LoadedDenoiser, load_checkpoint
 from pipeline.errors import ConfigError
 from stages.checkpoints import export
 from stages.checkpoints.export import export_model
-from stages.checkpoints.imported import ImportedEncoders, ImportedStage, new_folder, write_stages
+from stages.checkpoints.imported import ImportedStage, new_folder, write_stages
 from tests.commands import tree
 
 UNET = {
@@ -37,7 +37,7 @@ def network() -> dict[str, torch.Tensor]:
 def imported(out: Path, network: dict[str, torch.Tensor], *, max_tokens: int = 16) -> dict[str, Any]:
     stage = ImportedStage("weights.pt", CONFIG, {"num_steps": 2}, max_tokens, lambda: network)
     encoder = {"name": "t5", "dim": 8, "dtype": "float32", "fingerprint": {}}
-    return dict(write_stages(new_folder(str(out)), [stage], ImportedEncoders(encoder))[0])
+    return dict(write_stages(new_folder(str(out)), [stage], encoder)[0])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     stage = ImportedStage("weights.pt", CONFIG, {}, 16, refuse)
     with pytest.raises(ConfigError, match="do not fit"):
-        write_stages(new_folder(str(tmp_path / "model")), [stage], ImportedEncoders({}))
+        write_stages(new_folder(str(tmp_path / "model")), [stage], {})
     assert list(tmp_path.iterdir()) == []
 
 

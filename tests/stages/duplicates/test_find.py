@@ -16,11 +16,11 @@ from pipeline.engine import progress
 from pipeline.errors import ConfigError, MachineError
 from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
+from stages.browse.report import report_command
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.find import find_duplicates
 from stages.store_tools.inspect import inspect_command
 from stages.store_tools.remove import remove_command
-from stages.store_tools.report import report_command
 from tests.runs import precompute, store_bytes
 from tests.stages.duplicates.paintings import altered, painting
 from workflows.precompute import Precompute, PrecomputeConfig

@@ -13,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipelineError, StaleOutputError
 from pipeline.options import RunOptions
 from pipeline.storage.run_folder import RunFolder
+from stages.browse.report import report_command
 from stages.encoders.base import Encoded
 from stages.encoders.encoder import TextEncoder
 from stages.encoders.packed.t5 import PackedT5
@@ -20,7 +21,6 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL, write_tiny_model
 from stages.precompute.encode_text import EncodeStage
 from stages.store_tools.reencode import reencode
-from stages.store_tools.report import report_command
 from tests.runs import precompute, store_bytes
 from tests.stages.encoders import tiny_models
 from tests.stages.precompute.test_resize import png

@@ -14,11 +14,11 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import Summary
 from pipeline.storage.run_folder import RunFolder
+from stages.browse.report import report_command
 from stages.images import Decoded, decode_rgb
 from stages.precompute.resize import ResizeStage
 from stages.store_tools.inspect import inspect_command
 from stages.store_tools.remove import remove_command
-from stages.store_tools.report import report_command
 from tests.runs import precompute
 from workflows.precompute import Precompute, PrecomputeConfig
 

@@ -74,7 +74,7 @@ def test_starts_are_read_up_to_a_line_that_a_kill_cut(tmp_path: Path) -> None:
 
 def test_a_training_is_running_while_it_holds_its_folder(tmp_path: Path) -> None:
     run = RunFolder(training(tmp_path / "a", ""))
-    assert state_of(run.storage) == "no summary yet"
+    assert state_of(run.storage) == "not finished"
     with run.lock():
         assert state_of(run.storage) == "running"
     run.storage.write_json("summary.json", {"outcome": "finished"})

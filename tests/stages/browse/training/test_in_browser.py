@@ -4,13 +4,12 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from imagen_core.train.logs import JsonLines
 from stages.evaluation.report import write_report
-from tests.stages.browse.browser import chromium, serving
+from tests.stages.browse.browser import chromium, contrast, fits, serving
 from tests.stages.browse.training.trainings import lines, sampling, training
 
 pytestmark = pytest.mark.slow
@@ -38,11 +37,6 @@ def curves(steps: int, seed: int = 0) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def fits(page: Any) -> bool:
-    """Whether the page is no wider than the window."""
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-
-
 def test_a_training_is_followed_while_it_runs(tmp_path: Path) -> None:
     root = training(tmp_path / "a", "", grids=[100])
     log = JsonLines(root / "metrics.jsonl", 0)
@@ -52,14 +46,14 @@ def test_a_training_is_followed_while_it_runs(tmp_path: Path) -> None:
         assert page.locator(".last b").all_inner_texts() == ["2"]
         log.scalars(200, {"loss": 1.0})
         training(root, (root / "metrics.jsonl").read_text(), grids=[200])
-        page.wait_for_function("document.querySelector('.last b').textContent === '1'")
-        page.wait_for_function("document.getElementById('grid-label').textContent === '200'")
+        page.locator(".last", has_text="loss 1 at step 200").wait_for()
+        page.locator("#grid-label", has_text="200").wait_for()
         assert page.locator("#grid").get_attribute("src") == "/p/1/grids/200.png"
         log.close()
         resumed = JsonLines(root / "metrics.jsonl", 100)  # a kill, and a start from step 100
         resumed.scalars(150, {"loss": 1.5})
         resumed.close()
-        page.wait_for_function("document.querySelector('.last').textContent.includes('at step 150')")
+        page.locator(".last", has_text="loss 1.5 at step 150").wait_for()
         assert page.locator("#ended").inner_text() == ""
 
 
@@ -70,7 +64,7 @@ def test_the_slider_of_grids_is_moved_by_keys(tmp_path: Path) -> None:
         seen = []
         for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "End"):
             page.keyboard.press(key)
-            page.wait_for_function("document.getElementById('grid').complete")
+            page.wait_for_load_state("networkidle")
             seen.append(
                 (
                     page.locator("#grid-label").inner_text(),
@@ -154,18 +148,4 @@ def test_pages_are_readable_narrow_and_wide_light_and_dark(tmp_path: Path, width
         page.goto(f"{address}/p/1/")
         size = page.locator("svg.chart text").first.evaluate("text => text.getBoundingClientRect().height")
         assert size >= 9  # pixels
-        assert contrast(page, ".legend .mark", "backgroundColor") > 3
-
-
-def contrast(page: Any, selector: str, of: str = "color") -> float:
-    """Contrast of an element's colour to the page behind it, as WCAG 2 defines it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    colour = page.locator(selector).first.evaluate(f"element => getComputedStyle(element).{of}")
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    high, low = sorted((luminance(colour), luminance(back)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
+        assert contrast(page, ".legend .dim") > 4.5

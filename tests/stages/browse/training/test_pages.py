@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from imagen_core.train.logs import read_metrics
+from pipeline.storage.open import open_storage
 from stages.evaluation.report import write_report
+from tests.object_store import object_store
 from tests.stages.browse.clients import client, statuses
 from tests.stages.browse.training.trainings import lines, sampling, training
 
@@ -71,6 +74,14 @@ def test_several_trainings_lie_over_each_other_with_what_differs(tmp_path: Path)
     assert "base (2)" in pages.get("/compare/curves?place=1&place=2").text
     other = pages.get("/p/1/settings?other=2").text
     assert re.findall(r"<td><code>(.*?)</code></td>", other) == ["seed", "0", "1"]
+
+
+def test_the_index_leads_to_the_comparison_of_trainings(tmp_path: Path) -> None:
+    roots = [training(tmp_path / name, lines([7], loss=0.0)) for name in ("a", "b")]
+    page = client(*roots).get("/").text
+    assert page.count("step 7") == 2
+    assert 'href="/compare"' in page
+    assert 'href="/compare"' not in client(roots[0]).get("/").text
 
 
 def test_only_trainings_are_compared_and_not_too_many(tmp_path: Path) -> None:
@@ -202,3 +213,41 @@ def test_pages_ask_for_nothing_but_this_server_and_have_no_inline_code(tmp_path:
         assert re.findall(r'(?:src|href)="(?:https?:|//)[^"]*', page) == []
         assert re.findall(r"<[^>]*\s(?:style|on\w+)=", page) == []
         assert re.findall(r"<script(?![^>]*src=)", page) == []
+
+
+@pytest.mark.slow
+def test_folders_on_an_object_store_have_the_same_pages(tmp_path: Path) -> None:
+    root = training(tmp_path / "t", lines(range(1, 50), loss=0.0), grids=[7])
+    sweep = tmp_path / "e"
+    for weight in ("1", "2"):
+        sampling(sweep / f"guidance-{weight}", ["a cat"])
+    (sweep / "plan.json").write_text('{"workflow": "evaluate"}')
+    with object_store() as store:
+        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+            open_storage(store.url).write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+        near, far = client(root, sweep), client(f"{store.url}/t", f"{store.url}/e")
+        for address in ("/p/1/curves?smoothing=0.6", "/p/1/grids/7.png", "/p/2/images/1/8/0.png"):
+            assert far.get(address).content == near.get(address).content
+        assert "a cat" in far.get("/p/2/").text
+        assert "seed: 0" in far.get("/p/1/settings").text
+        store.requests.clear()
+        assert far.get("/p/1/curves").status_code == 200
+        assert far.get("/p/1/curves").status_code == 200
+        assert store.requests.bytes_sent("t/metrics.jsonl") == 0  # nothing new: nothing is read again
+
+
+@pytest.mark.slow
+def test_real_trainings_and_their_configurations_are_shown(cascade: Path) -> None:
+    pages = client(cascade / "base", cascade / "sr")
+    for number, name in ((1, "base"), (2, "sr")):
+        page = pages.get(f"/p/{number}/").text
+        rows = read_metrics(cascade / name / "metrics.jsonl")
+        newest = {key: value for row in rows for key, value in row.items()}
+        assert f"loss <b>{newest['loss']:.4g}</b>" in page
+        assert f"at step {newest['step']}</span>" in page
+        assert 'class="state">finished<' in page
+        assert "Learning rate" in page
+    page = pages.get("/compare?place=1&place=2").text
+    differing = re.findall(r"<td><code>([\w.]*)</code></td>", page)
+    assert "denoiser.unet.image_size_px" in differing
+    assert "seed" not in differing

@@ -1,53 +1,40 @@
-"""Collects the content of the report and renders the page."""
+"""What the report of a run or a store shows."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from itertools import islice
 from typing import Any
 
-from imagen_core.store import SAMPLES_GROUP, Store, StoreError
-from pipeline.commands import CommandResult
-from pipeline.errors import ConfigError
+from imagen_core.store import SAMPLES_GROUP, Store
 from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
-from pipeline.units import human_bytes, human_seconds
+from stages.browse.report.histograms import count_chart, image_shapes, shape_charts
+from stages.browse.report.images import caption_tokens, dropped_images, image_grid
+from stages.browse.web import part
 from stages.duplicates.find import duplicates_line, read_duplicates
 from stages.precompute.caption_losses import caption_losses
 from stages.precompute.crops import Crops, crops_line, crops_of
 from stages.precompute.quantisation import quantisation_summary
+from stages.store_tools.comparison import compare_with_plan, comparison_lines
 from stages.store_tools.dropped import first_drops
-from stages.store_tools.report.comparison import compare_with_plan, comparison_lines
-from stages.store_tools.report.images import caption_histogram, caption_tokens, image_grid
-from stages.stores import group_bytes, open_store, store_folder
+from stages.stores import group_bytes
 
-_FOLDER = "report"
-_PAGE = f"{_FOLDER}/index.html"
 _NUM_IMAGES = 24
 _NUM_DROPS = 100
 
 
-def report_command(path: str) -> CommandResult:
-    """Writes RUN/report/index.html (or `report/` beside a bare store) and says where it is."""
-    store = open_store(path)
-    run = RunFolder(store_folder(path).rpartition("/")[0])
-    try:
-        content = _content(store, run)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-    page = f"{run.url}/{_PAGE}"
-    run.storage.clean(_FOLDER)
-    run.storage.write_text(_PAGE, _render(content))
-    result: dict[str, object] = {"report": page, "bytes": run.storage.size(_PAGE), **_plain(content)}
-    found = content["duplicates"]
-    lines = [f"report  {page}", *([f"duplicates  {duplicates_line(found)}"] if found else [])]
-    lines += [f"crops  {crops_line(Crops(**content['crops']))}"] if content["crops"] else []
-    return result, [*lines, *comparison_lines(content["planned"])], 0
+def store_content(store: Store, run: RunFolder) -> dict[str, Any]:
+    """Collects it.
 
-
-def _content(store: Store, run: RunFolder) -> dict[str, Any]:
+    Args:
+        run: the folder around the store; one without the files of a run where the store lies by itself.
+    Raises:
+        StoreError, PipelineError, OSError: a file cannot be read.
+    """
     sizes = group_bytes(store)
     summary = run.read_engine_file(SUMMARY)
+    dropped = first_drops(run, _NUM_DROPS)
+    shapes = image_shapes(store)
     return {
         "title": run.url.rpartition("/")[2],
         "num_samples": len(store),
@@ -61,7 +48,8 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         ],
         "total_bytes": sum(sizes.values()),
         "drops": _drops(summary),
-        "dropped_rows": first_drops(run, _NUM_DROPS),
+        "dropped_rows": dropped,
+        "dropped_images": part(lambda: dropped_images(run, dropped)),
         "duplicates": summary.get("duplicates") if summary else None,
         "duplicate_rows": list(islice(read_duplicates(run), _NUM_DROPS)),
         "int8": _of_groups(summary, quantisation_summary),
@@ -70,8 +58,13 @@ def _content(store: Store, run: RunFolder) -> dict[str, Any]:
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
-        "captions": _caption_tokens(store),
+        "captions": {
+            name: (len(counts), count_chart(f"tokens per caption of {name}, end of sequence included", counts))
+            for name, counts in _caption_tokens(store).items()
+        },
         "images": image_grid(store, _NUM_IMAGES),
+        "num_shapes": len(shapes),
+        "shape_charts": shape_charts(shapes),
     }
 
 
@@ -132,16 +125,15 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
     ]
 
 
-def _render(content: dict[str, Any]) -> str:
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(human_bytes=human_bytes, human_seconds=human_seconds)
-    template = environment.from_string((files("stages.store_tools.report") / "page.html").read_text("utf-8"))
-    charts = {name: caption_histogram(lengths) for name, lengths in content["captions"].items()}
-    return template.render(**content, charts=charts)
+def plain_content(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without images and charts, for --json."""
+    shown = ("images", "captions", "dropped_images", "num_shapes", "shape_charts")
+    return {key: value for key, value in content.items() if key not in shown}
 
 
-def _plain(content: dict[str, Any]) -> dict[str, Any]:
-    """The content without images, for --json."""
-    return {key: value for key, value in content.items() if key not in ("images", "captions")}
+def report_lines(content: Mapping[str, Any]) -> list[str]:
+    """For people, on the command line."""
+    found = content["duplicates"]
+    lines = [f"duplicates  {duplicates_line(found)}"] if found else []
+    lines += [f"crops  {crops_line(Crops(**content['crops']))}"] if content["crops"] else []
+    return [*lines, *comparison_lines(content["planned"])]

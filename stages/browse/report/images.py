@@ -1,16 +1,22 @@
-"""The report's images: samples as inline PNG, and the caption-length histogram as inline SVG."""
+"""The report's images as inline PNG, and the lengths of captions."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from imagen_core.store import Store
-from stages.figures import svg
+from pipeline.storage.run_folder import RunFolder
+from stages.browse.run.staged import StagedOriginals
+from stages.images import ImageRejected, decode_rgb
 
 _MAX_COUNTED_CAPTIONS = 4096
 _SHOWN_PX = 256
+_MOST_THUMBNAILS, _THUMBNAIL_PX = 48, 96
+_MOST_PIXELS = 32 * 2**20
 
 
 def image_grid(store: Store, count: int) -> list[dict[str, object]]:
@@ -49,19 +55,30 @@ def caption_tokens(store: Store, encoder: str, caption_set: str) -> list[int]:
     return counts
 
 
-def caption_histogram(counts: Sequence[int]) -> str:
-    """Histogram of tokens per caption, as an SVG element."""
-    from matplotlib.figure import Figure
+def dropped_images(run: RunFolder, drops: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
+    """Thumbnails of dropped rows as data URLs, by shard and row: of up to 48 images whose bytes are still in the run
+    folder and can be decoded.
 
-    figure = Figure(figsize=(6, 2.4), layout="constrained")
-    axes = figure.subplots()
-    edges = np.arange(0, max(counts, default=1) + 2) - 0.5
-    axes.hist(counts, bins=edges if len(edges) < 80 else 60, color="#3b6ea5")  # pyright: ignore[reportArgumentType]
-    axes.set_xlabel("tokens per caption, end of sequence included")
-    axes.set_ylabel("captions")
-    axes.spines[["top", "right"]].set_visible(False)
-    file = svg(figure)
-    return file[file.index("<svg") :]
+    Args:
+        drops: as `first_drops` gives them.
+    Raises:
+        OSError, ValueError, KeyError: a file of originals is damaged.
+    """
+    staged, found = StagedOriginals(run), {}
+    for shard, row in ((drop["shard"], drop["row"]) for drop in drops):
+        image = staged.image(shard, row) if len(found) < _MOST_THUMBNAILS else None
+        if image is not None:
+            with suppress(ImageRejected):
+                found[shard, row] = _thumbnail_url(decode_rgb(image[0], max_pixels=_MOST_PIXELS).pixels)
+    return found
+
+
+def _thumbnail_url(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    return _png_url(np.asarray(image))
 
 
 def _png_url(pixels: np.ndarray) -> str:
