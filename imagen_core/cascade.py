@@ -4,28 +4,22 @@ Imagen (Saharia et al. 2022, arXiv 2205.11487, section 2.4): 64 -> 256 -> 1024 p
 caption, and each super-resolution stage also the image of the previous stage, with a little noise on it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from imagen_core.config import Config, default_field
-from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
-from imagen_core.diffusion.low_res import upsample
+from imagen_core.cascade_stage import CascadeStage, SamplingConfig, sample_stage
 from imagen_core.diffusion.shapes import default_shape, stage_shapes
-from imagen_core.diffusion.steps import AnyGrid, Karras
-from imagen_core.models.conditioning.base import Condition, Conditioning, unit_variance
+from imagen_core.models.conditioning.base import Conditioning, unit_variance
 from imagen_core.models.conditioning.characters import character_ids
-from imagen_core.samplers import DpmSolverPP2M, Inpaint, SeededNoise, sample
-from imagen_core.samplers.loop import Start
-from imagen_core.samplers.registry import AnySampler
+from imagen_core.samplers import Inpaint, SeededNoise
 from imagen_core.text_batch import EncoderRecords, TextEmbeddings, each_encoder, null_text_tensor, pad_texts
+
+__all__ = ["Cascade", "CascadeStage", "Keep", "OnStep", "SamplingConfig"]
 
 OnStep = Callable[[int, int, int, Tensor], None]
 """Called after each step as (stage, steps done, number of steps, image (b, c, h, w) at its noise level)."""
@@ -34,109 +28,6 @@ OnStep = Callable[[int, int, int, Tensor], None]
 Keep = Callable[[int, Tensor], Tensor]
 """Called after each stage but the last as (stage, its images (b, c, h, w) in [-1, 1]) -> bool (b,): the images that
 continue to the next stage."""
-
-
-class SamplingConfig(Config):
-    """How one stage samples."""
-
-    sampler: AnySampler = DpmSolverPP2M()
-    """The solver."""
-    grid: AnyGrid = Karras()
-    """Where the noise levels lie."""
-    num_steps: int = Field(default=30, ge=1)
-    """Noise levels to visit."""
-    guidance: Guidance = Guidance()
-    """Classifier-free guidance weights; 1 means no guidance."""
-    threshold: Threshold = Threshold()
-    """Clipping of the estimated image at each step."""
-    start: Start = default_field("sigma")
-    """Standard deviation of the noise that sampling starts from: sigma, the first noise level; unit_variance,
-    sqrt(1 + sigma^2), which is standard normal in DDPM's scale (diffusers' DDPM, DDIM and solvers; DeepFloyd IF)."""
-    low_res_sigma: float | None = Field(default=None, ge=0)
-    """Noise put on the low-resolution image; null: the level the stage's config names."""
-
-
-@dataclass(frozen=True, slots=True)
-class CascadeStage:
-    """A denoiser and how to sample with it."""
-
-    denoiser: Denoiser
-    sampling: SamplingConfig
-    max_tokens: int | None = None
-    """Longer captions are truncated, as they were in training; None means never."""
-    trained_shapes: tuple[tuple[int, int], ...] = ()
-    """Height and width of the images it was trained on; none where they are not known."""
-    encoders: tuple[str, ...] | None = None
-    """Names of the text encoders whose tokens it reads, where the cascade has several; None means all."""
-
-    @property
-    def config(self) -> DenoiserConfig:
-        """The denoiser's configuration; ValueError if it is a prior's."""
-        if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise ValueError("a stage of a cascade generates images; this checkpoint is a prior: give it as `prior`")
-        return self.denoiser.config
-
-    @property
-    def size_px(self) -> int:
-        return self.config.size_px
-
-    @property
-    def max_characters(self) -> int | None:
-        """Most bytes of a transcription; None if the stage reads none."""
-        settings = self.config.unet.transcription
-        return None if settings is None else settings.max_characters
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes whose labels it reads; None if it reads none."""
-        return self.config.unet.num_classes
-
-    @property
-    def conditions(self) -> frozenset[Condition]:
-        """What its network reads in addition to the noisy image."""
-        unet = self.config.unet
-        found: dict[Condition, object] = {
-            "text": unet.text_dim or unet.text_embed_dim,
-            "transcription": unet.transcription,
-            "labels": unet.num_classes,
-            "image_embed": unet.image_embed_dim,
-            "low_res": self.config.low_res_px,
-        }
-        return frozenset(condition for condition, value in found.items() if value is not None)
-
-    def check(self) -> None:
-        """Raises ValueError if a sampling setting does not fit its model, or would have no effect."""
-        settings, prefix = self.sampling, f"stages: the {self.size_px} px stage:"
-        if settings.low_res_sigma is not None and self.config.low_res_noise is None:
-            raise ValueError(
-                f"{prefix} low_res_sigma is {settings.low_res_sigma}, but it was not trained with noise on "
-                "low-resolution images; leave it out"
-            )
-        for condition in get_args(Condition):
-            weight = getattr(settings.guidance, condition)
-            if weight != 1 and condition not in self.conditions:
-                raise ValueError(
-                    f"{prefix} guidance.{condition} is {weight:g}, but the model was not trained with it; it reads "
-                    f"{', '.join(sorted(self.conditions)) or 'no condition'}: leave it out"
-                )
-        try:
-            settings.grid.sigmas(self.config.diffusion.schedule, settings.num_steps)
-        except ValueError as error:
-            raise ValueError(f"{prefix} {error}") from error
-
-    @property
-    def is_super_resolution(self) -> bool:
-        return self.config.low_res_px is not None
-
-    @property
-    def text_embed_dim(self) -> int | None:
-        """Width of the captions' vectors that it reads; None if it reads none."""
-        return self.config.unet.text_embed_dim
-
-    @property
-    def image_embed_dim(self) -> int | None:
-        """Width of the image embeddings it reads; None if it reads none."""
-        return self.config.unet.image_embed_dim
 
 
 class Cascade:
@@ -190,12 +81,14 @@ class Cascade:
         image_embed: Tensor | None = None,
         transcriptions: Sequence[str] | None = None,
         labels: Sequence[int] | None = None,
+        condition_images: Mapping[str, Tensor] | None = None,
         low_res: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         start_stage: int = 0,
         stop_stage: int | None = None,
         init_image: Tensor | None = None,
         strength: float = 1.0,
+        encode_init: bool = False,
         inpaint: Inpaint | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -216,6 +109,8 @@ class Cascade:
                 prior, or computed from existing images. Only their direction counts.
             transcriptions: the text to be written in each image; None, or an empty text, means no text.
             labels: the class of each image, from 0; -1 means unknown. None means that all are unknown.
+            condition_images: (b, c, H, W) in [-1, 1] by name, further images for stages that read them, stretched
+                to the shape of each stage.
             low_res: (b, 3, h, w) in [-1, 1], given to the first stage that runs in place of the image
                 of the previous stage: super-resolution of an existing image.
             shape: height and width of the images of the first stage that runs; those of the others are this shape,
@@ -224,6 +119,8 @@ class Cascade:
             init_image: (b, 3, H, W) in [-1, 1]; the first stage that runs starts from it instead of pure
                 noise (SDEdit, Meng et al. 2022, arXiv 2108.01073).
             strength: in [0, 1], how much of the way init_image is sent back into noise.
+            encode_init: this noise is what the first stage itself would generate init_image from without conditions
+                (`encode`), instead of sampled noise; the same image for every seed. For samplers that add no noise.
             inpaint: image and mask of the part to keep, in any size; each stage keeps it. They are stretched to the
                 shape of the stage, as init_image is.
             autocast: type for the network, e.g. torch.bfloat16; the sampler stays in `dtype`.
@@ -256,19 +153,22 @@ class Cascade:
         conditioning = conditioning.to(device, dtype)
         current = None if low_res is None else low_res.to(device, dtype)
         start = None if init_image is None else init_image.to(device, dtype)
+        further = {name: image.to(device, dtype) for name, image in (condition_images or {}).items()}
         images: dict[int, Tensor] = {}
         kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
             stage.denoiser.to(device=device, dtype=dtype).eval()
             with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-                current = _sample_stage(
+                current = sample_stage(
                     stage,
                     shapes[number - start_stage],
                     self._read_by(stage, conditioning),
                     SeededNoise(kept, stream=number),
+                    further=further,
                     low_res=current if stage.is_super_resolution else None,
                     init_image=start if number == start_stage else None,
                     strength=strength,
+                    encode_init=encode_init,
                     inpaint=inpaint,
                     on_step=None if on_step is None else partial(on_step, number),
                 )
@@ -281,6 +181,7 @@ class Cascade:
                     break
                 current, conditioning = current[rows], conditioning.map(lambda t, rows=rows: t[rows])
                 inpaint = None if inpaint is None else inpaint.rows(rows)
+                further = {name: image[rows] for name, image in further.items()}
         return images
 
     def _conditioning(
@@ -340,46 +241,6 @@ class Cascade:
         return torch.tensor(list(labels), dtype=torch.long)
 
 
-def _sample_stage(
-    stage: CascadeStage,
-    size: tuple[int, int],
-    conditioning: Conditioning,
-    noise: SeededNoise,
-    *,
-    low_res: Tensor | None,
-    init_image: Tensor | None,
-    strength: float,
-    inpaint: Inpaint | None,
-    on_step: Callable[[int, int, Tensor], None] | None,
-) -> Tensor:
-    """One stage: (b, 3, *size) about in [-1, 1]."""
-    denoiser, settings = stage.denoiser, stage.sampling
-    weight = next(denoiser.parameters())
-    shape = (stage.config.shape[0], *size)
-    for condition in set(get_args(Condition)) - stage.conditions:
-        conditioning = conditioning.without_inputs(condition)
-    conditioning = conditioning.map_text(lambda tokens: tokens[:, : stage.max_tokens])
-    if low_res is not None:
-        conditioning = denoiser.with_sampling_low_res(
-            conditioning, low_res, noise.normal(shape, weight.device, weight.dtype), settings.low_res_sigma
-        )
-    return sample(
-        settings.sampler,
-        guided(denoiser, conditioning, settings.guidance, settings.threshold),
-        settings.grid.sigmas(denoiser.config.diffusion.schedule, settings.num_steps),
-        noise,
-        shape,
-        device=weight.device,
-        dtype=weight.dtype,
-        init_image=None if init_image is None else upsample(init_image, size),
-        strength=strength,
-        start=settings.start,
-        inpaint=None if inpaint is None else _resized(inpaint, size),
-        schedule=denoiser.config.diffusion.schedule,
-        on_step=on_step,
-    )
-
-
 def _kept_rows(rows: Tensor, count: int) -> Tensor:
     """The answer of `keep`; ValueError unless it is bool (count,)."""
     if rows.shape != (count,) or rows.dtype != torch.bool:
@@ -401,9 +262,3 @@ def _check_embeds(
                 raise ValueError(
                     f"{name}: the {stage.size_px} px stage reads {of} ({count}, {dim}) (got {found}); {remedy}"
                 )
-
-
-def _resized(inpaint: Inpaint, size: tuple[int, int]) -> Inpaint:
-    """Image and mask in another size; a pixel is kept where more than half of it was."""
-    keep = F.interpolate(inpaint.keep.float(), size=size, mode="area") > 0.5
-    return Inpaint(upsample(inpaint.image, size), keep, inpaint.resample_times)

@@ -17,6 +17,7 @@ from imagen_core.store import Store
 from pipeline.cli.presets import find_config
 from pipeline.config import dump_yaml, load_config
 from tests.commands import call
+from tests.hub_server import local_hub
 from tests.image_server import body, serve, status
 from tests.object_store import object_store
 from tests.runs import REPOSITORY
@@ -37,10 +38,10 @@ ELSEWHERE = {
     "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "--to mds", "--to diffusers")
-"""Commands that need published weights, a training of hours, scores, other stores, stages that fit, or an optional
-package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py and test_mixture.py,
-tests/imagen_core/train/data, tests/stages/exports and tests/stages/sampling/diffusers."""
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "text=[t5, clip]", "--to mds", "--to diffusers")
+"""Commands that need published weights, a training of hours, scores, other stores, two encoders, stages that fit, or
+an optional package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py, test_mixture.py and
+test_text_encoders.py, tests/imagen_core/train/data, tests/stages/exports and tests/stages/sampling/diffusers."""
 RUN_HERE = (
     "train.md",
     "sample.md",
@@ -141,7 +142,7 @@ def write_inputs(folder: Path, urls: list[str]) -> None:
 
 
 def test_every_page_with_commands_is_run_or_named() -> None:
-    pages = {"README.md", "scale.md", *RUN_HERE, "storage.md", "conditions.md", "removal.md", *ELSEWHERE}
+    pages = {"README.md", "scale.md", *RUN_HERE, "storage.md", "conditions.md", "removal.md", "share.md", *ELSEWHERE}
     shown = {path.name for path in (REPOSITORY / "docs").rglob("*.md") if commands([path])}
     assert shown <= pages, "a page with commands that no test runs"
 
@@ -170,6 +171,20 @@ def test_the_commands_shown_run_in_order(tmp_path: Path, urls: list[str], monkey
     Path("keys.txt").write_text(f"{sample.key}\n")
     Path("hashes.txt").write_text(f"{sample.sha256}\n")
     run(page("removal.md"), lambda word: word.replace("https://example.com/cat.jpg", urls[7]))
+
+
+@pytest.mark.slow
+def test_the_commands_for_the_hub_run(tmp_path: Path, cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(cascade / "run", "RUN")
+    shutil.copytree(cascade / "base", "RUN/base")
+    with local_hub(tmp_path / "cache") as hub:
+        run(page("share.md"))
+        assert set(hub.repositories) == {"datasets/USER/scenes", "datasets/USER/table", "models/USER/base"}
+        assert hub.repositories["models/USER/base"].private
+    assert Path("shared/images-16/00000.png").is_file()
+    assert [len(Store.open(name)) for name in ("RUN/store", "SCENES")] == [22, 23]
 
 
 @pytest.mark.slow

@@ -27,7 +27,9 @@ from stages.encoders.given import PrecomputedEmbeddingsConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
+from stages.filters.base import Filter
 from stages.filters.registry import ALWAYS, AnyFilters
+from stages.filters.size import blank_row, size_rejections
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line, may_be_samples
 from stages.precompute.crops import crops_line, crops_of, measured
@@ -189,7 +191,7 @@ class Precompute(ShardedWorkflow):
             shard_size=config.shard_size,
             captions=source.captions,
             further_captions=partial(_further_captions, source, self._captions),
-            outlook=partial(_outlook, source, config.images),
+            outlook=partial(_outlook, source, config.images, config.filters),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
                 f"captions; for real ones set encoders.{place}.model to a hub id or a folder"
@@ -278,11 +280,28 @@ def _further_captions(source: Source, sets: Sequence[CaptionColumn], shard: Shar
     return {name: [clean_captions(cell or ())[0] for cell in compress(found, kept)] for name, found in cells.items()}
 
 
-def _outlook(source: Source, images: ImagesConfig, shards: Sequence[Shard]) -> dict[str, dict[str, object]]:
-    """What will be cropped, as far as sizes of originals are at hand."""
+def _outlook(
+    source: Source, images: ImagesConfig, filters: Sequence[Filter], shards: Sequence[Shard]
+) -> dict[str, dict[str, object]]:
+    """What will be cropped and which part passes the filters, as far as sizes of originals are at hand."""
     sizes, basis = original_sizes(source, shards) if images.sizes_px else ([], "")
     crops = measured(sizes, images.possible_shapes(), stored=images.aspect == "buckets")
-    return {"crops": {**crops.to_json(), "basis": basis, "text": f"{crops_line(crops)} ({basis})"}} if crops else {}
+    if not crops:
+        return {}
+    rows = (blank_row(*size, dict(images.shapes_of(*size, images.sizes_px))) for size in sizes)
+    rejected, count = size_rejections(filters, rows), len(sizes)
+    kept = 1 - rejected.total() / count
+    shares = {reason: number / count for reason, number in rejected.most_common()}
+    named = "".join(f", {reason} {share:.1%}" for reason, share in shares.items())
+    return {
+        "crops": {**crops.to_json(), "basis": basis, "text": f"{crops_line(crops)} ({basis})"},
+        "sizes": {
+            "kept": kept,
+            "rejected": shares,
+            "basis": basis,
+            "text": f"{kept:.1%} of the images pass the filters by size{named} ({basis})",
+        },
+    }
 
 
 def _retry_hint(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -85,6 +85,25 @@ _RULES = (  # its names -> names here; each is applied once, in this order
     (r"\.to_out\.1\.g$", ".norm_out.weight"),
     (r"\.g$", ".weight"),
 )
+_FIXED: dict[str, object] = {
+    "conditions_in": "other_blocks",
+    "text_in_middle_only": True,
+    "caption_vector": False,
+    "perceiver": False,
+    "cross_num_heads": _CROSS_HEADS,
+    "cross_head_dim": _CROSS_HEAD_DIM,
+    "ff_mult": 0,
+    "attend_to_conditions": False,
+    "deepest_widen": "conv",
+    "res_block": "conv_first",
+    "global_context": False,
+    "final_global_context": False,
+    "num_fourier_frequencies": None,
+    "sinusoids": "closed",
+    "level_activation": "gelu",
+    "init_residual": True,
+}
+"""What is the same in every UNet of DALLE2-pytorch."""
 
 
 def unet_config(
@@ -106,6 +125,46 @@ def unet_config(
     Raises:
         ValueError: a setting is unknown, missing, or has no counterpart here.
     """
+    unet = _checked(settings, reads_image_embed=reads_image_embed, reads_text=reads_text)
+    levels = len(unet["dim_mults"])
+    kernels = unet["init_cross_embed_kernel_sizes"] if unet["init_cross_embed"] else (unet["init_conv_kernel_size"],)
+    return HybridUNetConfig.model_validate(
+        {
+            **_FIXED,
+            "image_size_px": size_px,
+            "dim": unet["dim"],
+            "dim_mults": unet["dim_mults"],
+            "in_channels": channels,
+            "out_channels": channels * (2 if learned_variance else 1),
+            "text_dim": unet["text_embed_dim"] if reads_text else None,
+            "unread_caption_parameters": not reads_text,
+            "image_embed_dim": unet["image_embed_dim"] if reads_image_embed else None,
+            "num_image_tokens": unet["num_image_tokens"],
+            "low_res": low_res,
+            "self_conditioning": unet["self_cond"],
+            "activation_checkpointing": unet["checkpoint_during_training"],
+            "num_res_blocks": _levels(unet, "num_resnet_blocks", levels),
+            "attention_levels": _levels(unet, "self_attn", levels),
+            "cross_attention_levels": (False, *(True,) * (levels - 1)),
+            "cond_dim": unet["cond_dim"] or unet["dim"],
+            "max_text_tokens": unet["max_text_len"],
+            "num_heads": unet["attn_heads"],
+            "head_dim": unet["attn_dim_head"],
+            "init_kernels": sorted(kernels),
+            "memory_efficient": unet["memory_efficient"],
+            "initial_res_block": unet["memory_efficient"],
+            "convs_after": unet["memory_efficient"],
+            "downsample": "cross_embed" if unet["cross_embed_downsample"] else "pixel_unshuffle",
+            "upsample": "pixel_shuffle" if unet["pixel_shuffle_upsample"] else "repeat_conv",
+            "weight_standardization": unet["resnet_weight_standardization"],
+            "scale_skips": unet["scale_skip_connection"],
+            "out_kernel_size": unet["final_conv_kernel_size"],
+        }
+    )
+
+
+def _checked(settings: Mapping[str, Any], *, reads_image_embed: bool, reads_text: bool) -> dict[str, Any]:
+    """The settings with defaults; ValueError for those that `unet_config` refuses."""
     unknown = sorted(settings.keys() - _UNET.keys() - _DECIDED_BY_THE_DECODER - _WITHOUT_EFFECT - {"dim"})
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: not a setting of DALLE2-pytorch 1.15.6's Unet")
@@ -135,55 +194,7 @@ def unet_config(
             raise ValueError(f"{name} is missing; give the width of the embeddings that it reads")
     if reads_image_embed and unet["image_embed_dim"] == cond_dim:
         raise ValueError(f"image_embed_dim is {cond_dim}, as cond_dim is; it takes no batch of such embeddings")
-    kernels = unet["init_cross_embed_kernel_sizes"] if unet["init_cross_embed"] else (unet["init_conv_kernel_size"],)
-    return HybridUNetConfig.model_validate(
-        {
-            "image_size_px": size_px,
-            "dim": unet["dim"],
-            "dim_mults": unet["dim_mults"],
-            "in_channels": channels,
-            "out_channels": channels * (2 if learned_variance else 1),
-            "text_dim": unet["text_embed_dim"] if reads_text else None,
-            "unread_caption_parameters": not reads_text,
-            "image_embed_dim": unet["image_embed_dim"] if reads_image_embed else None,
-            "num_image_tokens": unet["num_image_tokens"],
-            "low_res": low_res,
-            "self_conditioning": unet["self_cond"],
-            "activation_checkpointing": unet["checkpoint_during_training"],
-            "num_res_blocks": _levels(unet, "num_resnet_blocks", levels),
-            "attention_levels": attends,
-            "cross_attention_levels": (False, *(True,) * (levels - 1)),
-            "conditions_in": "other_blocks",
-            "cond_dim": cond_dim,
-            "text_in_middle_only": True,
-            "caption_vector": False,
-            "max_text_tokens": unet["max_text_len"],
-            "perceiver": False,
-            "num_heads": unet["attn_heads"],
-            "head_dim": unet["attn_dim_head"],
-            "cross_num_heads": _CROSS_HEADS,
-            "cross_head_dim": _CROSS_HEAD_DIM,
-            "ff_mult": 0,
-            "attend_to_conditions": False,
-            "init_kernels": sorted(kernels),
-            "memory_efficient": unet["memory_efficient"],
-            "initial_res_block": unet["memory_efficient"],
-            "convs_after": unet["memory_efficient"],
-            "downsample": "cross_embed" if unet["cross_embed_downsample"] else "pixel_unshuffle",
-            "upsample": "pixel_shuffle" if unet["pixel_shuffle_upsample"] else "repeat_conv",
-            "deepest_widen": "conv",
-            "res_block": "conv_first",
-            "weight_standardization": unet["resnet_weight_standardization"],
-            "global_context": False,
-            "final_global_context": False,
-            "num_fourier_frequencies": None,
-            "sinusoids": "closed",
-            "level_activation": "gelu",
-            "scale_skips": unet["scale_skip_connection"],
-            "init_residual": True,
-            "out_kernel_size": unet["final_conv_kernel_size"],
-        }
-    )
+    return unet
 
 
 def _levels(unet: Mapping[str, Any], name: str, levels: int) -> tuple[Any, ...]:
@@ -219,7 +230,7 @@ def _named(
         if converted == "inputs.level.hidden.0.weight":  # it has sines first, this library cosines
             values = values.roll(values.shape[1] // 2, dims=1)
         elif re.search(r"layers\.0\.attention\.to_q\.weight$", converted):
-            values = values * config.head_dim**-0.5
+            values = values * config.heads(-1)[1] ** -0.5
         elif re.search(r"image_embed\.to_(tokens|vector)\.weight$", converted) and config.image_embed_dim:
             values = values * config.image_embed_dim**-0.5
         elif name.startswith("init_conv.") and values.ndim == 4 and config.low_res and config.self_conditioning:

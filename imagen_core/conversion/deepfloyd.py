@@ -120,6 +120,8 @@ def not_expressible(config: DenoiserConfig) -> str | None:
         return f"unet.{reason}"
     if not isinstance(diffusion.schedule, Discrete) or diffusion.schedule.beta not in _BETAS.values():
         return "diffusion.schedule is not discrete with beta cosine or linear"
+    if diffusion.schedule.rescale_steps:
+        return "diffusion.schedule.rescale_steps is true"
     if diffusion.objective != "eps" or diffusion.variance not in ("learned_range", "learned"):
         return f"diffusion predicts {diffusion.objective}, with variance {diffusion.variance}; not eps, with a learned"
     if unet.low_res:
@@ -128,6 +130,8 @@ def not_expressible(config: DenoiserConfig) -> str | None:
             return f"low_res_upsampling is {config.low_res_upsampling!r}, not 'bilinear_corners'"
         if not isinstance(noise, UniformNoise) or not isinstance(noise.schedule, Discrete):
             return "low_res_noise is not uniform with a discrete schedule"
+        if noise.schedule.rescale_steps:
+            return "low_res_noise.schedule.rescale_steps is true"
     return None
 
 

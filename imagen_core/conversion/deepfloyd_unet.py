@@ -82,6 +82,8 @@ _COUNTERPART = {  # settings of a Regular UNet without which diffusers has no su
     "image_embed_dim": (None,),
     "num_classes": (None,),
     "transcription": (None,),
+    "up_num_heads": (None,),
+    "middle_num_heads": (None,),
     "self_conditioning": (False,),
     "condition_channels": (0,),
 }

@@ -113,6 +113,13 @@ _RULES = (  # imagen-pytorch's names -> names here; each is applied once, in thi
     (r"\.to_out\.1\.g$", ".norm_out.weight"),
     (r"\.g$", ".weight"),
 )
+_FIXED: dict[str, object] = {
+    "middle_cross_num_heads": _MIDDLE_HEADS,
+    "middle_cross_head_dim": _MIDDLE_HEAD_DIM,
+    "qk_norm": True,
+    "combine_at": "full",
+}
+"""What is the same in every UNet of imagen-pytorch."""
 
 
 def unet_config(
@@ -134,30 +141,22 @@ def unet_config(
     Raises:
         ValueError: a setting is unknown or has no counterpart here.
     """
-    unknown = sorted(settings.keys() - _UNET.keys() - _DECIDED_BY_THE_CASCADE - _WITHOUT_EFFECT - {"dim"})
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not a setting of imagen-pytorch 2.1.0's Unet")
-    if "dim" not in settings:
-        raise ValueError("dim is missing; give the arguments of imagen-pytorch's Unet")
-    unet = {**_UNET, **settings}
+    unet = _checked(settings)
     levels = len(unet["dim_mults"])
-    attends, linear = _levels(unet, "layer_attns", levels), _levels(unet, "use_linear_attn", levels)
-    _check(unet, linear_attention=any(use and not layer for use, layer in zip(linear, attends, strict=True)))
     kernels = unet["init_cross_embed_kernel_sizes"] if unet["init_cross_embed"] else (unet["init_conv_kernel_size"],)
     return HybridUNetConfig.model_validate(
         {
+            **_FIXED,
             "image_size_px": size_px,
             "dim": unet["dim"],
             "dim_mults": unet["dim_mults"],
-            "in_channels": channels,
-            "out_channels": channels,
+            **dict.fromkeys(("in_channels", "out_channels"), channels),
             "text_dim": text_dim,
             "unread_caption_parameters": text_dim is None,
-            "low_res": low_res,
-            "low_res_noise": low_res,
+            **dict.fromkeys(("low_res", "low_res_noise"), low_res),
             "self_conditioning": unet["self_cond"],
             "num_res_blocks": _levels(unet, "num_resnet_blocks", levels),
-            "attention_levels": attends,
+            "attention_levels": _levels(unet, "layer_attns", levels),
             "cross_attention_levels": _levels(unet, "layer_cross_attns", levels),
             "transformer_depth": _levels(unet, "layer_attns_depth", levels),
             "cond_dim": unet["cond_dim"],
@@ -168,26 +167,35 @@ def unet_config(
             "perceiver_head_dim": unet["attn_dim_head"],
             "num_heads": unet["attn_heads"],
             "head_dim": unet["attn_dim_head"],
-            "middle_cross_num_heads": _MIDDLE_HEADS,
-            "middle_cross_head_dim": _MIDDLE_HEAD_DIM,
             "ff_mult": unet["ff_mult"],
             "middle_attention": unet["attend_at_middle"],
             "middle_transformer_depth": unet["layer_mid_attns_depth"],
             "init_kernels": sorted(kernels),
-            "memory_efficient": unet["memory_efficient"],
-            "initial_res_block": unet["memory_efficient"],
+            **dict.fromkeys(("memory_efficient", "initial_res_block"), unet["memory_efficient"]),
             "upsample": "pixel_shuffle" if unet["pixel_shuffle_upsample"] else "repeat_conv",
             "global_context": unet["use_global_context_attn"],
             "norm": "group" if group_norm else "rms",
-            "qk_norm": True,
             "num_fourier_frequencies": unet["learned_sinu_pos_emb_dim"] // 2,
             "scale_skips": unet["scale_skip_connection"],
             "init_residual": unet["init_conv_to_final_conv_residual"],
             "combine_up_features": unet["combine_upsample_fmaps"],
-            "combine_at": "full",
             "out_kernel_size": unet["final_conv_kernel_size"],
         }
     )
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with defaults; ValueError for those that `unet_config` refuses."""
+    unknown = sorted(settings.keys() - _UNET.keys() - _DECIDED_BY_THE_CASCADE - _WITHOUT_EFFECT - {"dim"})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not a setting of imagen-pytorch 2.1.0's Unet")
+    if "dim" not in settings:
+        raise ValueError("dim is missing; give the arguments of imagen-pytorch's Unet")
+    unet = {**_UNET, **settings}
+    levels = len(unet["dim_mults"])
+    attends, linear = _levels(unet, "layer_attns", levels), _levels(unet, "use_linear_attn", levels)
+    _check(unet, linear_attention=any(use and not layer for use, layer in zip(linear, attends, strict=True)))
+    return unet
 
 
 def _levels(unet: Mapping[str, Any], name: str, levels: int) -> tuple[Any, ...]:

@@ -202,7 +202,7 @@ def _named(
 
 def convert_name(name: str, config: RegularUNetConfig | EfficientUNetConfig) -> str:
     """The name here of a tensor of NeMo's UNet; an unknown one keeps its name."""
-    name = _efficient_place(name, config) if isinstance(config, EfficientUNetConfig) else _regular_place(name, config)
+    name = _efficient_place(name, config) if isinstance(config, EfficientUNetConfig) else regular_place(name, config)
     for pattern, replacement in _RULES:
         name = re.sub(pattern, replacement, name)
     if config.attention_type != "stacked":
@@ -225,7 +225,7 @@ def _efficient_place(name: str, config: EfficientUNetConfig) -> str:
     return f"{place}.{part}.{name[found.end() :]}"
 
 
-def _regular_place(name: str, config: RegularUNetConfig) -> str:
+def regular_place(name: str, config: RegularUNetConfig) -> str:
     """NeMo numbers blocks through all levels; a layer that changes the resolution is a separate block on the way down,
     and the last layer of a block on the way up."""
     found = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.", name)

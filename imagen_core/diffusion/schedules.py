@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 
 _SMALLEST = 1e-12
 
@@ -76,6 +76,8 @@ class Discrete(Config):
     """Steps of the forward process, T."""
     beta: Literal["linear", "cosine", "quadratic", "jsd", "sigmoid"] = "linear"
     """linear, quadratic and sigmoid run from 1e-4 to 0.02, scaled by 1000 / T."""
+    rescale_steps: bool = default_field(False)
+    """The network reads the step times 1000 / T, as if of 1000 (improved-diffusion: rescale_timesteps)."""
 
     @model_validator(mode="after")
     def _check(self) -> "Discrete":
@@ -133,8 +135,9 @@ class Discrete(Config):
         return torch.where(step < 0, (step + 1) * table[0], torch.lerp(low, high, step - floor).exp())
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """The network's input at sigma: the step index."""
-        return self.step(sigma)
+        """The network's input at sigma: the step index, times 1000 / T with rescale_steps."""
+        step = self.step(sigma)
+        return step * (1000 / self.num_steps) if self.rescale_steps else step
 
 
 class LogNormal(Config):

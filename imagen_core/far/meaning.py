@@ -84,15 +84,17 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """HTTP status and code of the server's answer, as the drivers of S3, Google, Azure and HTTP keep them."""
+    """HTTP status and code of the server's answer, as the drivers of S3, Google, Azure, HTTP and the
+    Hugging Face hub keep them."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         code = str(response.get("Error", {}).get("Code", ""))
         return status if isinstance(status, int) else _number(code), "" if code.isdigit() else code
-    for name in ("status", "status_code", "code"):
-        if (status := _number(getattr(error, name, None))) is not None:
-            return status, ""
+    for holder in (error, response):  # that of httpx, which the Hugging Face hub's driver uses, is on the response
+        for name in ("status", "status_code", "code"):
+            if (status := _number(getattr(holder, name, None))) is not None:
+                return status, ""
     return None, ""
 
 

@@ -34,6 +34,7 @@ SCHEMA_VERSION = 2
 LAYERS_SCHEMA_VERSION = 3  # of a store with layers, or with several scales per token: earlier versions misread it
 OLDEST_READABLE = 1  # without input rows and digests: it is read, but cannot be proven
 MANIFEST_NAME = "manifest.json"
+HUB_FILES = ("README.md", ".gitattributes")  # of a store on the Hugging Face hub, or pulled from there
 LOCK_FILES = (".lock", ".lease.json")  # of whoever changes a store without a run around it
 SAMPLES_GROUP = "samples"
 ORIGINAL_CAPTIONS = "original"  # the set of captions in `samples`, where the source gave it no name

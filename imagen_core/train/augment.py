@@ -1,10 +1,12 @@
-"""Random views of the stored images, made where they are read: crops that keep writing intact, flips; and blur.
+"""Random views of the stored images, made where they are read: crops that keep writing intact, flips; and changes of
+low-resolution images: blur, JPEG, grayscale, tints.
 
 After nostalgebraist/improved-diffusion (crop.py, image_datasets.py): a crop never divides the rectangle around the
 writing in an image, never needs more detail than the original has, and images without writing may have their own
 settings. Nothing of it is in the store, which holds a size larger than the one trained on.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -84,6 +87,36 @@ class BlurConfig(Config):
     def range(self) -> tuple[float, float]:
         """Lowest and highest sigma."""
         return self.sigma if isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
+
+
+class JpegConfig(Config):
+    """The low-resolution image written as JPEG and read again in training, before it is blurred and upsampled."""
+
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Fraction of the images."""
+    quality: int | tuple[int, int] = (30, 95)
+    """Quality as Pillow counts it, 1 to 95, or the lowest and the highest of a uniform range; chroma is halved."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "JpegConfig":
+        low, high = self.range
+        if not 1 <= low <= high <= 95:
+            raise ValueError(f"quality: must be in 1 to 95 and not fall (got {self.quality})")
+        return self
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Lowest and highest quality."""
+        return self.quality if isinstance(self.quality, tuple) else (self.quality, self.quality)
+
+
+class TintConfig(Config):
+    """The low-resolution image in shades of one colour in training, as of old or toned photographs."""
+
+    probability: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of the images."""
+    strength: float = Field(default=0.5, gt=0, le=1)
+    """The brightness of each channel is the image's luma times a factor that is uniform in [1 - strength, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,3 +248,32 @@ def blur(images: Tensor, config: BlurConfig, uniform: Tensor) -> Tensor:
         result = sum(parts, start=torch.zeros_like(images))
     chosen = (uniform[:, 0] < config.probability).to(images.device)
     return torch.where(chosen[:, None, None, None], result, images)
+
+
+def tint(images: Tensor, config: TintConfig, uniform: Tensor) -> Tensor:
+    """Shows some of the RGB images (b, 3, h, w), in [-1, 1], in shades of one colour each.
+
+    Args:
+        uniform: (b, 4) in [0, 1): whether an image is tinted, and where the factor of each channel is in its range.
+    """
+    factors = (1 - config.strength * (1 - uniform[:, 1:])).to(images)[:, :, None, None]
+    tinted = (grayscale(images) + 1) * factors - 1
+    chosen = (uniform[:, 0] < config.probability).to(images.device)
+    return torch.where(chosen[:, None, None, None], tinted, images)
+
+
+def jpeg(images: Tensor, config: JpegConfig, uniform: Tensor) -> Tensor:
+    """Writes some of the images, uint8 (b, 3, h, w) in main memory, as JPEG and reads them again.
+
+    Args:
+        uniform: (b, 2) in [0, 1): whether an image is written, and its quality in the range.
+    """
+    low, high = config.range
+    result = images.clone()
+    for row in torch.nonzero(uniform[: len(images), 0] < config.probability).flatten().tolist():
+        quality = low + int(float(uniform[row, 1]) * (high - low + 1))
+        file = io.BytesIO()
+        Image.fromarray(images[row].permute(1, 2, 0).numpy()).save(file, format="JPEG", quality=quality)
+        with Image.open(file) as decoded:
+            result[row] = torch.from_numpy(np.array(decoded)).permute(2, 0, 1)
+    return result

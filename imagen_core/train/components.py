@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
-from imagen_core.train.augment import BlurConfig, ResizedCropConfig
+from imagen_core.train.augment import BlurConfig, JpegConfig, ResizedCropConfig, TintConfig
 
 
 class DataConfig(Config):
@@ -19,6 +19,10 @@ class DataConfig(Config):
     shuffle_window_shards: int | None = Field(default=None, ge=1)
     """Shards come in random order, and samples are shuffled within this many of them; null: all samples are shuffled
     with each other."""
+    replacement: bool = False
+    """Draw samples with replacement, each independently of the others; an epoch is as many as the store has. With
+    shuffle_window_shards, and in stores of aspect-ratio buckets, within each window and bucket. false: each sample
+    comes once per epoch."""
     cache_dir: str | None = None
     """Local folder for checked copies of a remote store's files, shared by the processes of a machine; null: no
     copies."""
@@ -68,8 +72,11 @@ class InitFromConfig(Config):
     """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
     weights: str | None = None
     """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
-    mismatch: Literal["error", "skip"] = "error"
-    """Tensors that only one of the two models has, or that differ in shape: refuse, or leave them random."""
+    mismatch: Literal["error", "skip", "grow"] = "error"
+    """Tensors that only one of the two models has, or that differ in shape: refuse; skip: leave them random; grow: as
+    skip, but a smaller tensor becomes the first part of the larger one. Its outputs read nothing new, and what is new
+    is initialised as ever: more channels in or out, classes, and a larger first kernel leave the function as it was;
+    wider layers and embeddings do not, as norms mix their channels."""
 
 
 class ConditioningDropoutConfig(Config):
@@ -92,7 +99,7 @@ class ConditioningDropoutConfig(Config):
 
 
 class ViewsConfig(Config):
-    """Random views of the images: crops, flips, blur, grayscale."""
+    """Random views of the images: crops, flips, and changes of low-resolution images."""
 
     crop_px: int | None = Field(default=None, ge=1)
     """Train super-resolution on random crops of this side; null: on full images."""
@@ -105,6 +112,10 @@ class ViewsConfig(Config):
     """Blur some of the low-resolution images, in training only; null: none."""
     low_res_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the low-resolution images shown in grayscale; 1 makes a model that colours images."""
+    low_res_jpeg: JpegConfig | None = None
+    """Compress some of the low-resolution images as JPEG, in training only; null: none."""
+    low_res_tint: TintConfig | None = None
+    """Show some of the low-resolution images in shades of one colour, in training only; null: none."""
 
     @field_validator("horizontal_flip", mode="before")
     @classmethod
@@ -166,6 +177,9 @@ class OptimizerConfig(Config):
     """Gradients are scaled down to this norm."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameters with another learning rate or weight decay, by name."""
+    on_cpu: bool = default_field(False)
+    """Keep Adam's moments in main memory: frees 8 bytes per parameter on the GPU, and each step copies 16 bytes per
+    parameter. The numbers are the same."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
@@ -219,8 +233,15 @@ class ComputeConfig(Config):
     What is left in float32 under bfloat16 or float16 is rounded so too."""
     compile: bool = False
     """torch.compile the network: slow to start, faster steps."""
+    step_limit_s: float | None = Field(default=None, gt=0)
+    """Most seconds of a step, with the wait for its batch and for other processes: a process that takes longer, as
+    where a disk or the network hangs, prints where it is and ends with exit code 75, to be started again from the
+    newest checkpoint. The first step of a start, validation, grids and checkpoints have no limit. null: none."""
     channels_last: bool = True
     """Memory order of images and kernels; the faster one nearly everywhere."""
+    cudnn_autotune: bool = default_field(False)
+    """cuDNN measures its convolutions at the first step of each shape, and takes the fastest. Which one that is may
+    change from start to start, so a resumed training is then not the same to the last bit."""
 
 
 class ValidationConfig(Config):

@@ -69,6 +69,10 @@ class TrainConfig(Config):
     model with text_embed_dim, beside `text`."""
     image_embed: str | None = None
     """Image encoder in the store: a prior learns to generate its embeddings, a decoder reads them."""
+    condition_images: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Arrays of the store that the network reads as further images, with the channels of each, such as `{depth: 1}`:
+    uint8 or bool, (height, width) or (height, width, channels), stretched to the size of the network's image. Their
+    sum is the model's condition_channels."""
     captions: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
     """Weight of each set of captions, such as `{long: 0.8, short: 0.2}`: for each sample a set is chosen by weight,
     then one of its captions. null: the weights that the stores have."""
@@ -96,7 +100,7 @@ class TrainConfig(Config):
     conditioning_dropout: ConditioningDropoutConfig = ConditioningDropoutConfig()
     """Conditions dropped, so that guidance has models without them."""
     views: ViewsConfig = ViewsConfig()
-    """Random views of the images: crops, flips, blur, grayscale."""
+    """Random views of the images: crops, flips, and changes of low-resolution images."""
     noise_levels: NoiseLevelsConfig = NoiseLevelsConfig()
     """Noise levels of training."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -235,8 +239,8 @@ class TrainConfig(Config):
             raise ValueError("lora: is an adapter of a trained model; name it as init_from.path")
         if self.lora is not None and self.init_from is not None and self.init_from.mismatch != "error":
             raise ValueError(
-                "init_from.mismatch: skip would leave weights random that no checkpoint of an adapter holds; leave it "
-                "out, or train all weights with lora=null"
+                f"init_from.mismatch: {self.init_from.mismatch} would leave weights random that no checkpoint of an "
+                "adapter holds; leave it out, or train all weights with lora=null"
             )
 
     def _check_prior(self) -> None:
@@ -249,10 +253,14 @@ class TrainConfig(Config):
                 f"validation.similarity_num_steps: {steps} of a schedule of {schedule.num_steps} steps; take fewer"
             )
         views = self.views
+        if self.condition_images:
+            raise ValueError("condition_images: a prior reads no images; leave it out")
         for field, value in (
             ("views.crop_px", views.crop_px),
             ("views.resized_crop", views.resized_crop),
             ("views.low_res_blur", views.low_res_blur),
+            ("views.low_res_jpeg", views.low_res_jpeg),
+            ("views.low_res_tint", views.low_res_tint),
             ("grid.every_steps", self.grid.every_steps),
         ):
             if value is not None:
@@ -268,11 +276,14 @@ class TrainConfig(Config):
     def _check_views(self, denoiser: DenoiserConfig) -> None:
         """Refuses sizes and crops that do not fit the model."""
         unet, views = denoiser.unet, self.views
-        if unet.condition_channels:
+        if sum(self.condition_images.values()) != unet.condition_channels:
             raise ValueError(
-                f"denoiser.unet.condition_channels is {unet.condition_channels}, but no store holds images to "
-                "condition on; set 0, or write the training loop of such a model in Python"
+                f"denoiser.unet.condition_channels is {unet.condition_channels}, but condition_images are "
+                f"{self.condition_images}; set it to the sum of their channels, and name arrays of the store"
             )
+        for field in ("crop_px", "resized_crop", "horizontal_flip") if self.condition_images else ():
+            if getattr(views, field):
+                raise ValueError(f"views.{field}: would not change the condition_images with the image; leave it off")
         if views.crop_px is not None:
             self._check_crop(denoiser, views.crop_px)
         if views.resized_crop is not None and views.resized_crop.from_px < denoiser.size_px:
@@ -280,7 +291,7 @@ class TrainConfig(Config):
                 f"views.resized_crop.from_px {views.resized_crop.from_px} is smaller than denoiser.size_px "
                 f"{denoiser.size_px}; name a larger stored size"
             )
-        for field in ("low_res_blur", "low_res_grayscale"):
+        for field in ("low_res_blur", "low_res_grayscale", "low_res_jpeg", "low_res_tint"):
             if getattr(views, field) and denoiser.low_res_px is None:
                 raise ValueError(f"views.{field} is for super-resolution; a base model has no low-resolution image")
 

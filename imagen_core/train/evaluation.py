@@ -25,6 +25,7 @@ from imagen_core.train.data.example import all_conditions, make_example
 from imagen_core.train.data.online import with_text
 from imagen_core.train.data.randomness import RandomStream, mix
 from imagen_core.train.data.store import agree, make_loader, validation_samples
+from imagen_core.train.data.store_images import condition_images
 from imagen_core.train.data.stream import Batch, full_images, loader_options, random_views, read_batches
 from imagen_core.train.parallel.precision import autocast_dtype, weights_dtype
 from imagen_core.train.parallel.wrap import is_sharded
@@ -68,14 +69,15 @@ def validation_loss(context: TrainingContext, name: str) -> float:
 
 
 def _for_validation(config: TrainConfig) -> TrainConfig:
-    """Separate random numbers; nothing dropped or blurred; one noise level for each low-resolution image.
+    """Separate random numbers; nothing dropped or corrupted; one noise level for each low-resolution image.
 
     Low-resolution images are in grayscale only if they always are.
     """
-    grayscale_always = float(config.views.low_res_grayscale == 1)
+    off: dict[str, object] = {"low_res_blur": None, "low_res_jpeg": None, "low_res_tint": None}
+    off["low_res_grayscale"] = float(config.views.low_res_grayscale == 1)
     changes: dict[str, object] = {
         "conditioning_dropout": NO_DROPOUT,
-        "views": config.views.model_copy(update={"low_res_blur": None, "low_res_grayscale": grayscale_always}),
+        "views": config.views.model_copy(update=off),
         "seed": mix(config.seed, RandomStream.VALIDATION),
     }
     settings = config.denoiser
@@ -101,7 +103,8 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
         if not seeds:  # all were removed
             continue
         shape = (settings.unet.in_channels, *raw["images"][settings.size_px].shape[-2:])
-        conditioning = all_conditions(raw, settings.unet, device, dtype)
+        further = condition_images(raw, config.condition_images, shape[1:], device, dtype)
+        conditioning = replace(all_conditions(raw, settings.unet, device, dtype), images=further)
         if context.null_text is not None:
             conditioning = conditioning.with_null_text(context.null_text)
         if settings.low_res_px is not None:

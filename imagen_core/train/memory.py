@@ -24,7 +24,7 @@ class MemoryEstimate:
     """Float32, with those of an adapter."""
     gradients: int
     optimizer: int
-    """Adam's two moments, float32."""
+    """Adam's two moments, float32; 0 where they are in main memory."""
     averages: int
     """The moving averages of the weights that are trained, float32."""
     activations: int
@@ -45,6 +45,7 @@ def estimate_memory(
     num_averages: int,
     num_shards: int,
     lora: LoraConfig | None = None,
+    moments_on_cpu: bool = False,
 ) -> MemoryEstimate:
     """Estimates the memory of a training step with float32 weights.
 
@@ -54,6 +55,7 @@ def estimate_memory(
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
         lora: the adapter that is trained; None: all weights are.
+        moments_on_cpu: optimizer.on_cpu.
     Raises:
         TrainError: the adapter does not fit the model, or peft is not installed.
     """
@@ -62,7 +64,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=-(-parameters * 4 // num_shards),
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=0 if moments_on_cpu else 2 * trained,
         averages=num_averages * trained,
         activations=activations * bytes_per_activation * micro_batch_size,
     )

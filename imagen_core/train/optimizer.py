@@ -10,6 +10,7 @@ from torch import nn
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
 from imagen_core.train.lora.adapter import saved_parameters
+from imagen_core.train.offload import OffloadedAdamW
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -34,7 +35,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         groups += _split(taken, decay, (config.lr if group.lr is None else group.lr) / config.lr)
     groups = _split(left, config.weight_decay, 1.0) + groups
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = OffloadedAdamW if config.on_cpu else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _split(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:

@@ -1,6 +1,13 @@
 """One optimizer step: forward and backward passes over the micro-batches of a batch, and the update."""
 
+import faulthandler
+import logging
 import math
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +25,8 @@ from imagen_core.train.errors import NonFiniteLossError
 from imagen_core.train.optimizer import learning_rate
 from imagen_core.train.parallel.world import local, unsharded
 from imagen_core.train.parallel.wrap import syncing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +73,11 @@ def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Pa
     overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1
     if broken and not overflow:
         _report_non_finite(context, state.step, batch, mean_loss, norm, out)
+    state.whole = False
     _update(state, batch, config.ema.every_steps, broken=bool(broken))
     losses, steps = sums[: recorded.shape[1]], sums[recorded.shape[1] :]
     state.noise_levels.record([(int(step) - 1, value) for step, value in zip(steps, losses, strict=True) if step])
+    state.whole = True
     return StepResult(mean_loss, norm, stopping > 0)
 
 
@@ -139,3 +150,32 @@ def _report_non_finite(context: TrainingContext, step: int, batch: Batch, loss: 
         f"step {step}: loss {loss}, gradient norm {norm}, not finite; the batch's keys are in {path}. Resume from the "
         "last checkpoint, or start again, with a lower optimizer.lr or without these samples"
     )
+
+
+@contextmanager
+def step_limit(limit_s: float | None, step: int) -> Iterator[None]:
+    """Ends this process, with exit code 75, where the block takes longer; None: no limit.
+
+    What hangs may be a call that no exception interrupts, and other processes may wait for this one.
+    """
+    if limit_s is None:
+        yield
+        return
+    timer = threading.Timer(limit_s, _end, [limit_s, step])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(limit_s: float, step: int) -> None:
+    log.error(
+        "compute.step_limit_s: step %d takes more than %g s; this process ends here: run the same command again to go "
+        "on from the newest checkpoint, or raise the limit",
+        step,
+        limit_s,
+    )
+    faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+    os._exit(os.EX_TEMPFAIL)

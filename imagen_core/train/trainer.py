@@ -1,5 +1,6 @@
 """The training loop. `train` is the main path; everything it calls is in the other files of this package."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -38,20 +39,21 @@ from imagen_core.train.data.store import UnreadableError, agree, opened_again, s
 from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.ema import WeightAverages
-from imagen_core.train.errors import StoreLostError, TrainingStopped
+from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values
 from imagen_core.train.lora.adapter import add_new_adapter
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
 from imagen_core.train.optimizer import make_optimizer
-from imagen_core.train.parallel.precision import LossScale, matmul_precision, weights_dtype
+from imagen_core.train.parallel.precision import LossScale, kernel_settings, weights_dtype
 from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
 from imagen_core.train.profiling import StepProfiler
 from imagen_core.train.start import TrainingStart, record_start, refuse_lost, training_start
-from imagen_core.train.step import take_step
+from imagen_core.train.step import step_limit, take_step
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -92,7 +94,8 @@ def train(
         StoreLostError: the store cannot be read any more; a checkpoint was saved.
         StoreError: it cannot be read from the beginning.
     """
-    with matmul_precision(tf32=config.compute.tf32), joined_world() as world:
+    settings = kernel_settings(tf32=config.compute.tf32, cudnn_autotune=config.compute.cudnn_autotune)
+    with settings, joined_world() as world:
         # Model: the same weights on every process.
         stores = open_stores(config, online=online_encoder is not None)
         if online_encoder is not None:
@@ -190,14 +193,15 @@ class TrainingRun:
         config, state, context = self.config, self.state, self.context
         meter, profiler = Meter(), StepProfiler(config.logging.profile_steps, self.out, self.world.rank)
         stream = BatchStream(context.stores, config, self.world, loader_state, context.encode)
-        checkpoint = None
+        checkpoint, first = None, state.step
         try:
             self._evaluate_what_is_due()
             while state.step < config.num_steps:
                 profiler.before(state.step + 1)
-                batch = stream.next()
-                stop = should_stop is not None and should_stop()
-                result = take_step(context, state, batch, self.out, stop=stop)
+                with step_limit(config.compute.step_limit_s if state.step > first else None, state.step + 1):
+                    batch = stream.next()
+                    stop = should_stop is not None and should_stop()
+                    result = take_step(context, state, batch, self.out, stop=stop)
                 if result.lost:
                     raise UnreadableError(batch.error)
                 loader_state = batch.loader_state
@@ -219,9 +223,25 @@ class TrainingRun:
             if state.step > self._saved_step:
                 self._save(loader_state)
             raise store_lost(unreadable.error, config, state.step, self.world) from unreadable.error
+        except Exception as error:
+            self._rescue(loader_state, error)
+            raise
         finally:
             stream.close()
         return self._summary(checkpoint)
+
+    def _rescue(self, loader_state: dict[str, Any] | None, error: Exception) -> None:
+        """A checkpoint after an error that left the state whole; none after the training's own errors, such as a loss
+        that is not finite, and none of several processes, as the others wait elsewhere."""
+        new = self.state.whole and self.state.step > self._saved_step
+        if isinstance(error, TrainError) or self.world.size > 1 or not new:
+            return
+        try:
+            self._check()
+            self._save(loader_state)
+            log.error("step %d is saved in a checkpoint after an error", self.state.step)
+        except Exception as reason:  # noqa: BLE001 - the error that came first is the one to raise
+            log.warning("step %d cannot be saved after an error: %s", self.state.step, reason)
 
     def _of_stores(self, evaluate: Callable[[TrainingContext], T]) -> T:
         """What `evaluate` makes of the stores, also if one was compacted, or made again with the same samples.

@@ -1,5 +1,6 @@
 """The commands of the stages, for stores and trained models; the stages are imported when a command runs."""
 
+import inspect as introspection
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,51 @@ def browse(
     show_stage_command("browse", paths or [], False, port=port, host=host, open_browser=not no_open)
 
 
+@stage_commands.command()
+def push(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A store, a run folder, an export of a store, a training, a checkpoint, a .safetensors file of "
+            "`pipeline export`, or a folder for diffusers.",
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="USER/NAME: a dataset for stores and exports, else a model.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none. Default: main.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence for the card, as the hub names it: cc-by-4.0 ... Default: that of the card."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of a training: `model`, or an average such as ema-0.9999. Default: the slowest average."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a store or a model on the Hugging Face hub, with a card. The same command again uploads only what is not
+    there. The token is that of `hf auth login`, or of HF_TOKEN."""
+    options = {"repo": repo, "revision": revision, "license": license, "private": private, "weights": weights}
+    show_stage_command("push", path, as_json, **options)
+
+
+@stage_commands.command()
+def pull(
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="REPO", help="USER/NAME, or datasets/USER/NAME or models/USER/NAME."),
+    ],
+    out: Annotated[str, typer.Option(help="New folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Get a store or a model from the Hugging Face hub, and verify it. The same command again resumes."""
+    show_stage_command("pull", repo, as_json, out=out, revision=revision)
+
+
 @stage_commands.command("import")
 def import_(
     kind: Annotated[str, typer.Argument(help="Which system's model it is; an unknown KIND lists the available ones.")],
@@ -125,15 +171,28 @@ def import_(
     encoder_model: Annotated[
         str | None, typer.Option(help="Where its text encoder is (hub id or folder), if not on the hub by its name.")
     ] = None,
+    flags: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For adm: the flags of a model's command, one --flags for each PATH; or in PATH's .flags file."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make checkpoints of another system's trained model; `pipeline run sample` samples from them."""
     from pipeline.config import local_path
+    from pipeline.errors import ConfigError
     from pipeline.workflow import load_import
 
     for path in paths:
         local_path(path, "PATH")
-    _show(load_import(kind), paths, as_json, out=out, encoder_model=encoder_model)
+    function = load_import(kind)
+    options: dict[str, object] = {"out": out, "encoder_model": encoder_model}
+    if flags:
+        if "flags" not in introspection.signature(function).parameters:
+            raise ConfigError(f"--flags: models of {kind} have none; leave it out")
+        options["flags"] = flags
+    _show(function, paths, as_json, **options)
 
 
 def show_stage_command(name: str, path: str | list[str], as_json: bool, **options: object) -> None:

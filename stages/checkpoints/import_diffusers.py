@@ -19,7 +19,7 @@ from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
 from pipeline.storage.scratch import temporary_folder
 from stages.checkpoints.diffusers_files import NOISING, SCHEDULER, UNET, PipelineFiles, find_pipeline
-from stages.checkpoints.imported import ImportedStage, link_files, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, in_one_line, link_files, new_folder, t5_facts, write_stages
 from stages.encoders.recipes.shipped import recipes
 
 CLASSES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -73,7 +73,7 @@ def _stages(found: Sequence[PipelineFiles]) -> list[ImportedStage]:
             config = denoiser_config(configs[UNET], configs[SCHEDULER], configs.get(NOISING), below)
             session = sampling(configs[SCHEDULER], low_res=config.unet.low_res)
         except (ValidationError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{pipe.name}: cannot be built here: {_in_one_line(error)}") from error
+            raise ConfigError(f"{pipe.name}: cannot be built here: {in_one_line(error)}") from error
         if config.unet.low_res != (pipe.class_name == CLASSES[1]):
             raise ConfigError(
                 f"{pipe.name}: is a {pipe.class_name}, but its UNet reads {configs[UNET]['in_channels']} channels"
@@ -90,14 +90,6 @@ def _network(pipe: PipelineFiles, config: Any) -> dict[str, Any]:
         return unet_weights(pipe.unet_tensors(), config.unet)
     except ValueError as error:
         raise ConfigError(f"{pipe.folder / UNET}: the weights do not fit config.json: {first_line(error)}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    """A validation error's first finding, with its place; of another error its first line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
-    return first_line(error)
 
 
 def _text_encoder(folders: Sequence[Path]) -> list[Path]:

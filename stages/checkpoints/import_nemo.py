@@ -1,11 +1,13 @@
 """`pipeline import nemo`: checkpoints of NVIDIA NeMo's Imagen become checkpoints of this toolkit.
 
-base.nemo    a tar with model_config.yaml and model_weights.ckpt
+base.nemo    a tar with model_config.yaml and model_weights.ckpt; of a run with model parallelism with
+             mp_rank_00/model_weights.ckpt, mp_rank_01/... (no layer of Imagen is split: each has the complete model)
 base.ckpt    Lightning's, with state_dict; the settings in base.yaml next to it, else in its hyper_parameters
 """
 
+import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ _ENCODED_TOKENS = 512
 """Tokens of a caption that it encodes, before they are truncated to token_length."""
 _EDM_STEPS = 50
 _SETTINGS, _WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+_DEVICE = r"(?:(?:mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/)?"
 
 
 def import_nemo(paths: Sequence[str], *, out: str, encoder_model: str | None = None) -> CommandResult:
@@ -77,7 +80,7 @@ def _network(path: Path, config: Any) -> dict[str, Any]:
     from imagen_core.conversion.nemo_unet import unet_weights
 
     if path.suffix == ".nemo":
-        state = _member(path, _WEIGHTS, partial(load_tensors, name=str(path)))
+        state = _weights_of_nemo(path)
     else:
         state = _checkpoint(path)["state_dict"]
     try:
@@ -87,21 +90,54 @@ def _network(path: Path, config: Any) -> dict[str, Any]:
 
 
 def _settings_of_nemo(path: Path) -> Mapping[str, Any]:
-    return _model(_member(path, _SETTINGS, yaml.safe_load), f"{path}: {_SETTINGS}")
+    _, settings = next(_members(path, _SETTINGS, yaml.safe_load))
+    return _model(settings, f"{path}: {_SETTINGS}")
 
 
-def _member(path: Path, name: str, read: Callable[[Any], Any]) -> Any:
-    """Reads one file of a .nemo in place: nothing is unpacked, and no name in it becomes a path."""
+def _weights_of_nemo(path: Path) -> Any:
+    """The state dict of a .nemo; of several equal ones, by device, the first."""
+    first, state = "", None
+    for name, copy in _members(path, _WEIGHTS, partial(load_tensors, name=str(path))):
+        if state is None:
+            first, state = name, copy
+        elif differing := _differing(state, copy):
+            raise ConfigError(
+                f"{path}: {differing} is not the same in {first} and {name}, although no layer of NeMo's Imagen is "
+                "split over devices; leave one of these files in the archive"
+            )
+    return state
+
+
+def _differing(state: Mapping[str, Any], copy: Mapping[str, Any]) -> str | None:
+    """The first tensor that two state dicts do not share; None if there is none."""
+    import torch
+
+    for name in sorted({*state, *copy}):
+        pair = state.get(name), copy.get(name)
+        if not all(isinstance(values, torch.Tensor) for values in pair) or not torch.equal(*pair):  # type: ignore[arg-type]
+            return name
+    return None
+
+
+def _members(path: Path, name: str, read: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+    """Reads the files of this name in a .nemo in place: nothing is unpacked, and no name in it becomes a path.
+
+    Names and contents: of the model, or of each device in the archive's order.
+    """
+    number = 0
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.isfile() and member.name.removeprefix("./") == name:
+                shown = member.name.removeprefix("./")
+                if member.isfile() and re.fullmatch(_DEVICE + re.escape(name), shown):
                     file = tar.extractfile(member)
                     assert file is not None
-                    return read(file)
+                    yield shown, read(file)
+                    number += 1
     except (OSError, EOFError, tarfile.TarError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a .nemo ({first_line(error)})") from error
-    raise ConfigError(f"{path}: has no {name} in it; a model split over several devices must be merged by NeMo first")
+    if not number:
+        raise ConfigError(f"{path}: has no {name} in it; give a .nemo of NeMo Imagen")
 
 
 def _settings_of_ckpt(path: Path) -> Mapping[str, Any]:
@@ -131,7 +167,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; a checkpoint saved as a folder is not read")
+        raise ConfigError(f"{path}: there is no such file; a folder is not read, and NeMo's Imagen saves none")
     with torch.serialization.safe_globals([(Inert, name) for name in _INERT]):
         checkpoint = load_tensors(path, str(path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from zipfile import is_zipfile
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
@@ -141,6 +142,15 @@ def _finding() -> Iterator[None]:
         yield
     except MachineError as error:
         raise MachineError(f"{error}; or say with --encoder-model where it is") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """A validation error's first finding, with its place; of another error its first line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place, words = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{place}: {words}" if place else words
+    return first_line(error)
 
 
 def load_tensors(file: Path | BinaryIO, name: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
+from imagen_core.train.checkpoints.checkpoint import SHARED
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 
@@ -16,8 +17,8 @@ _SETTINGS = "settings"
 
 
 def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | None = None) -> LoadedDenoiser:
-    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), or a file of `export_model`;
-    a path or a URL.
+    """A trained stage from a checkpoint, a training's run folder (its newest checkpoint), a file of `export_model`, or
+    a folder that `pipeline pull` made of one; a path or a URL.
 
     Args:
         lora: how an adapter is added to its base, which is read too; None: merged.
@@ -32,6 +33,8 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         return _of_file(place, weights, lora)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
+    if folder is None and SHARED in names:
+        return _of_file(f"{place.rstrip('/')}/{SHARED}", weights, lora)
     if folder is None:
         raise CheckpointError(
             f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"

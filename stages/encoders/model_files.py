@@ -17,6 +17,8 @@ _TOKENIZER_FILES = re.compile(
 )
 _SAFETENSORS = re.compile(r"model.*\.safetensors")
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""Settings of a model in open_clip's own files."""
 _ADAPTER, _PIPELINE = "adapter_config.json", "model_index.json"
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
 
@@ -82,6 +84,11 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
     config_file = folder / "config.json"
     if not config_file.is_file():
         _refuse_pipeline([path.name for path in folder.iterdir()], model)
+        if (folder / OPEN_CLIP_CONFIG).is_file():
+            raise MachineError(
+                f"encoders.model: {model} has open_clip's own files; make a model folder of them: "
+                f"pipeline import open-clip {model} --out FOLDER"
+            )
         raise MachineError(f"encoders.model: {model} has no config.json; give a folder saved by save_pretrained")
     names = [path.name for path in folder.iterdir() if path.is_file()]
     weights = _weight_names(names, model)
@@ -195,10 +202,15 @@ def _weight_names(names: Iterable[str], model: str) -> list[str]:
     raise MachineError(f"encoders.model: {model} has no model*.safetensors or pytorch_model*.bin")
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that decide its tokenizer, by name."""
+    return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
+
+
 def tokenizer_digest(folder: Path) -> str | None:
     """SHA-256 of the tokenizer files in a model folder; None if there are none."""
-    found = sorted(path.name for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
-    return digest({name: _content_digest(folder / name) for name in found}) if found else None
+    found = tokenizer_files(folder)
+    return digest({path.name: _content_digest(path) for path in found}) if found else None
 
 
 def _content_digest(path: Path) -> str:

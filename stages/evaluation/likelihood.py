@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from imagen_core.store.records import EmbeddingGroup
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import LoadedDenoiser, TrainError
 from imagen_core.train.data.example import all_conditions
+from imagen_core.train.data.store_images import condition_images
 from pipeline.config import Config
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.fingerprint import differences
@@ -147,6 +149,7 @@ def _measure_batch(
         image_embed=loaded.embed_encoders.get("image_embed", {}).get("name"),
         transcriptions=settings.unet.transcription is not None,
         labels=settings.unet.num_classes is not None,
+        arrays=[*loaded.condition_images] or None,
         max_tokens=loaded.max_tokens,
         shuffle=False,
         samples=samples,
@@ -181,7 +184,9 @@ def _measure_images(
         return SeededNoise(seeds, stream=step).normal(x0.shape[1:], device, dtype)
 
     try:
-        conditioning = all_conditions(raw, settings.unet, device, dtype)
+        shape = (x0.shape[-2], x0.shape[-1])
+        further = condition_images(raw, loaded.condition_images, shape, device, dtype)
+        conditioning = replace(all_conditions(raw, settings.unet, device, dtype), images=further)
     except TrainError as error:
         raise ConfigError(f"store {config.store}: {error}") from error
     if settings.low_res_px is not None:
@@ -245,6 +250,8 @@ def _open(config: LikelihoodConfig) -> tuple[LoadedDenoiser, Store, Tensor]:
             raise ConfigError(f"store {config.store}: has no images-{size}, which the model needs; add the size")
     for encoder in each_encoder(loaded.encoder):
         _check_encoder(config, "captions", encoder, store, store.manifest.texts)
+    if missing := [name for name in loaded.condition_images if name not in store.arrays]:
+        raise ConfigError(f"store {config.store}: has no array {missing[0]!r}, which the model reads; add it")
     _check_encoder(config, "captions", loaded.embed_encoders.get("text_embed"), store, store.manifest.texts)
     _check_encoder(config, "images", loaded.embed_encoders.get("image_embed"), store, store.manifest.image_embeds)
     if config.first_image + config.num_images > len(store):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from imagen_core.store import ColumnType
 from pipeline.config import Config
 
 
@@ -27,7 +28,7 @@ class FilterRow:
     decoded."""
     annotations: Mapping[str, Any] = field(default_factory=dict)
     """`transcription` (text in the image), `safebox` (left, top, right, bottom in pixels) and `label` (class number),
-    as far as the source has them."""
+    as far as the source has them; `columns`: the values of source.keep_columns by name."""
     shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """Height and width of the image that will be made, by each of `sizes_px`: the square, or the shape of the image's
     aspect-ratio bucket. Empty: squares."""
@@ -57,6 +58,13 @@ class Filter(Config):
     """One rule. Its configuration is part of the fingerprint of group `samples`."""
 
     kind: str
+
+    def check(self, columns: Mapping[str, ColumnType]) -> None:
+        """Called before the run with the columns that are kept of the source, and their types.
+
+        Raises:
+            ConfigError: the filter reads a column that is not among them, or is of another type.
+        """
 
     @abstractmethod
     def reject(self, row: FilterRow) -> Rejection | None:

@@ -7,10 +7,14 @@ from pydantic import AfterValidator
 
 from imagen_core.extensions import Kinds
 from stages.filters.base import Filter
-from stages.filters.size import MaxPixels, TooSmall
+from stages.filters.keep_rate import KeepRate
+from stages.filters.size import MaxPixels, MaxSide, MinBytes, TooSmall
 
 AnyFilter = Annotated[
-    MaxPixels  # one line for each
+    KeepRate  # one line for each
+    | MaxPixels
+    | MaxSide
+    | MinBytes
     | TooSmall,
     Kinds("pipeline.filters", Filter),
 ]

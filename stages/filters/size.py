@@ -1,7 +1,10 @@
-"""Filters by the size of the image."""
+"""Filters by the size of the image, and what part of some images passes them."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from stages.filters.base import Filter, FilterRow, Rejection
@@ -41,3 +44,42 @@ class TooSmall(Filter):
             return None
         needed = f"{width}" if width == height else f"{width} x {height}"
         return Rejection("too_small", f"{row.width} x {row.height} px, {needed} needed")
+
+
+class MaxSide(Filter):
+    """Drops images with a longer side above a limit (`side_too_long`), by the size of the original."""
+
+    kind: Literal["max_side"] = "max_side"
+    max: int = Field(ge=1)
+    """Most pixels of the longer side."""
+
+    def reject(self, row: FilterRow) -> Rejection | None:
+        if max(row.width, row.height) <= self.max:
+            return None
+        return Rejection("side_too_long", f"{row.width} x {row.height} px, at most {self.max} allowed")
+
+
+class MinBytes(Filter):
+    """Drops images whose file is small (`file_too_small`): placeholders, blank and heavily compressed images."""
+
+    kind: Literal["min_bytes"] = "min_bytes"
+    min: int = Field(ge=1)
+    """Least bytes of the file as it was fetched."""
+
+    def reject(self, row: FilterRow) -> Rejection | None:
+        if not row.data or len(row.data) >= self.min:  # a source without images has no files
+            return None
+        return Rejection("file_too_small", f"{len(row.data)} bytes, {self.min} needed")
+
+
+def size_rejections(filters: Sequence[Filter], rows: Iterable[FilterRow]) -> Counter[str]:
+    """How many rows the filters by width and height reject, by reason; a row counts once."""
+    by_size = [filter for filter in filters if isinstance(filter, MaxPixels | TooSmall | MaxSide)]
+    found = (next((found.reason for filter in by_size if (found := filter.reject(row))), None) for row in rows)
+    return Counter(reason for reason in found if reason is not None)
+
+
+def blank_row(width: int, height: int, shapes: dict[int, tuple[int, int]]) -> FilterRow:
+    """A row of which nothing is known but the size of its image; takes no memory for pixels."""
+    pixels = np.broadcast_to(np.zeros(3, np.uint8), (height, width, 3))
+    return FilterRow("", None, ("",), b"", tuple(shapes), pixels, {}, shapes)

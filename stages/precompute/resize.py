@@ -96,6 +96,8 @@ class ResizeStage(Stage):
         self.filters = tuple(filters)
         self.max_pixels = min(filter.max for filter in filters if isinstance(filter, MaxPixels))
         self.columns = dict(sorted((columns or {}).items()))
+        for filter in self.filters:
+            filter.check(self.columns)
         self.modules = ("torch", "scipy.fft") if hashes else ("torch",)
         kept = {"columns": self.columns} if self.columns else {}
         self.groups = (

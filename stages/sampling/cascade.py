@@ -75,7 +75,8 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
         for one in tokens:
             encoders.setdefault(one["name"], one)
         names = tuple(one["name"] for one in tokens)
-        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes, names))
+        further = loaded.condition_images
+        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes, names, further))
         checkpoints.append(loaded)
     if last_px not in (None, built[-1].size_px):
         sizes = [stage.size_px for stage in built]

@@ -53,6 +53,10 @@ class InitConfig(Config):
     """Images to start from, one per prompt."""
     strength: float = Field(default=0.7, ge=0, le=1)
     """How far the images are sent back into noise: 0 keeps them, 1 forgets them."""
+    encode: bool = default_field(False)
+    """Start from the noise that the stage itself would generate the images from without prompts (reversed DDIM),
+    instead of random noise: what the prompt does not change stays, even at strength 1, and the seed does not matter.
+    For samplers that add no noise."""
 
 
 class InpaintConfig(Config):
@@ -117,6 +121,9 @@ class RequestConfig(Config):
     low_res: tuple[str, ...] = ()
     """Images to super-resolve, one per prompt: the first stage of `stages` must be a super-resolution stage. The
     centre square, or the centre of the shape to generate, is resized to the size which that stage upsamples."""
+    condition_images: dict[str, tuple[str, ...]] = Field(default_factory=dict, exclude_if=lambda images: not images)
+    """Further images for stages that were trained with `condition_images`, one per prompt, by name, such as `{depth:
+    [depth.png]}`. The centre square, or the centre of the shape to generate, is resized to each stage's."""
     init: InitConfig | None = None
     """Image to image; null: start from pure noise."""
     inpaint: InpaintConfig | None = None
@@ -140,6 +147,7 @@ class RequestConfig(Config):
         init = () if self.init is None else self.init.images
         return {
             "low_res": self.low_res,
+            **{f"condition_images.{name}": paths for name, paths in self.condition_images.items()},
             "init.images": init,
             "transcriptions": self.transcriptions,
             "labels": self.labels,

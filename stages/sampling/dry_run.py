@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from stages.sampling.cascade import load_cascade
 from stages.sampling.config import SampleConfig
+from stages.sampling.inputs import check_init
 from stages.sampling.requests import process_share, resolve_requests
 from stages.sampling.shapes import with_shapes
 
@@ -12,6 +13,7 @@ def sampling_plan(config: SampleConfig) -> Mapping[str, object]:
     """Images, sizes, height and width of those that are not square, parameters; nothing is generated."""
     loaded = load_cascade(config.stages, config.output.size_px)
     cascade = loaded.cascade
+    check_init(config.init, cascade.stages[0])
     share, num_shares = process_share(config.part)
     requests = with_shapes(resolve_requests(config), config, cascade)
     return {

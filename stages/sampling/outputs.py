@@ -154,7 +154,7 @@ def _by_file(record: Mapping[str, Any]) -> dict[str, object]:
 
 def _digests(requests: Sequence[ImageRequest], inpaint: InpaintConfig | None) -> dict[str, str]:
     """SHA-256 of each image that is read, by its path."""
-    paths = {path for request in requests for path in (request.low_res, request.init_image) if path is not None}
+    paths = {path for request in requests for path in request.paths}
     if inpaint is not None:
         paths |= {inpaint.image, inpaint.mask}
     try:

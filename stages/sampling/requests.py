@@ -26,8 +26,16 @@ class ImageRequest:
     """Path of the image to super-resolve."""
     init_image: str | None = None
     """Path of the image to start from."""
+    condition_images: tuple[tuple[str, str], ...] = ()
+    """Name and path of each further image that stages read."""
     shape: Shape | None = None
     """Height and width of the first stage's image; None: a square."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all images that are read for it."""
+        given = (self.low_res, self.init_image, *(path for _, path in self.condition_images))
+        return [path for path in given if path is not None]
 
     @property
     def prompt(self) -> str:
@@ -60,8 +68,11 @@ def resolve_requests(config: RequestConfig) -> list[ImageRequest]:
         raise ConfigError(f"seeds: {len(seeds)} given for {count} images; give one per image, or `seed`")
     low_res = config.low_res or (None,) * len(captions)
     init_images = (None,) * len(captions) if config.init is None else config.init.images
+    further = [
+        tuple((name, paths[k]) for name, paths in config.condition_images.items()) for k in range(len(captions))
+    ]
     return [
-        ImageRequest(index, captions[prompt], seed, low_res[prompt], init_images[prompt])
+        ImageRequest(index, captions[prompt], seed, low_res[prompt], init_images[prompt], further[prompt])
         for index, seed in enumerate(seeds)
         for prompt in [index // per_prompt]
     ]
@@ -92,8 +103,36 @@ def check_requests(requests: Sequence[ImageRequest], cascade: Cascade) -> None:
             f"low_res: the first stage ({size_px} px) is a base model and reads no image; leave base "
             "stages out of `stages`, or use init.images"
         )
+    _check_condition_images(requests, cascade)
     _check_transcriptions(requests, cascade.max_characters)
     _check_labels(requests, cascade.num_classes)
+
+
+def further_images(cascade: Cascade) -> dict[str, int]:
+    """Channels of each further image that a stage reads, by name."""
+    return {name: number for stage in cascade.stages for name, number in stage.further_images.items()}
+
+
+def _check_condition_images(requests: Sequence[ImageRequest], cascade: Cascade) -> None:
+    """Raises ConfigError if some are missing, or no stage reads them, or no image file has their channels."""
+    given = {name for request in requests for name, _ in request.condition_images}
+    read = further_images(cascade)
+    for name, channels in read.items():
+        if name not in given:
+            raise ConfigError(
+                f"condition_images: the stages read {sorted(read)}, but {name!r} is missing; give "
+                f"condition_images={{{name}: [FILE]}}, one file per prompt"
+            )
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"condition_images.{name}: the stages read {channels} channels, and files of images have 1 or 3; "
+                "sample with Cascade.sample in Python"
+            )
+    if unknown := sorted(given - read.keys()):
+        raise ConfigError(
+            f"condition_images.{unknown[0]}: no stage reads it (they read {sorted(read)}); leave it out, or give the "
+            "checkpoint of a model that was trained with it"
+        )
 
 
 def _check_transcriptions(requests: Sequence[ImageRequest], max_characters: int | None) -> None:

@@ -9,7 +9,7 @@ from pipeline.job import Job
 from stages.images.files import check_images
 from stages.sampling.caption_sets import store_of
 from stages.sampling.config import SampleConfig
-from stages.sampling.inputs import read_inpaint
+from stages.sampling.inputs import check_init, read_inpaint
 from stages.sampling.outputs import ImageFolder, sampling_record
 from stages.sampling.requests import ImageRequest, check_requests, process_share, resolve_requests
 from stages.sampling.session import SamplingSession, load_session
@@ -49,8 +49,9 @@ def prepare(config: SampleConfig) -> tuple[list[ImageRequest], SamplingSession]:
         negative_prompt=config.negative_prompt,
     )
     check_requests(requests, session.cascade)
+    check_init(config.init, session.cascade.stages[0])
     requests = with_shapes(requests, config, session.cascade)
-    check_images(dict.fromkeys(path for each in requests for path in (each.low_res, each.init_image) if path))
+    check_images(dict.fromkeys(path for each in requests for path in each.paths))
     if config.inpaint is not None:
         read_inpaint(config.inpaint)
     return requests, session
@@ -121,6 +122,7 @@ def _generate(
     """Generates and writes the images batch by batch until the run is stopped; counts and times them."""
     sizes, times = session.cascade.sizes_px, StageTimes(session.device)
     strength = 1.0 if config.init is None else config.init.strength
+    encode_init = config.init is not None and config.init.encode
     session.encode(todo)
     start = 0
 
@@ -138,7 +140,15 @@ def _generate(
         image_embed = session.image_embeds(batch)
         if image_embed is not None:
             times.done("prior")
-        images = session.generate(batch, text, image_embed, strength=strength, inpaint=inpaint, on_step=on_step)
+        images = session.generate(
+            batch,
+            text,
+            image_embed,
+            strength=strength,
+            encode_init=encode_init,
+            inpaint=inpaint,
+            on_step=on_step,
+        )
         job.check()
         folder.write_images(batch, {size: to_pixels(images[size]) for size in folder.sizes_px})
         start += len(batch)

@@ -18,9 +18,9 @@ from pipeline.errors import ConfigError
 from stages.device import choose_device
 from stages.sampling.cascade import LoadedCascade, load_cascade
 from stages.sampling.config import Precision, SamplePriorConfig, SampleStageConfig
-from stages.sampling.inputs import read_centres
+from stages.sampling.inputs import read_centres, read_condition_images
 from stages.sampling.prior import PriorSampler, load_prior, same_model
-from stages.sampling.requests import ImageRequest
+from stages.sampling.requests import ImageRequest, further_images
 from stages.sampling.text_embeddings import EncoderModel, PromptEmbeddings, PromptTokens, check_names, model_of
 
 
@@ -70,6 +70,7 @@ class SamplingSession:
         image_embed: Tensor | None,
         *,
         strength: float,
+        encode_init: bool,
         inpaint: Inpaint | None,
         on_step: OnStep,
     ) -> dict[int, Tensor]:
@@ -91,10 +92,14 @@ class SamplingSession:
             image_embed=image_embed,
             transcriptions=None if cascade.max_characters is None else [each.transcription for each in requests],
             labels=None if cascade.num_classes is None else [each.label for each in requests],
+            condition_images=read_condition_images(
+                [dict(each.condition_images) for each in requests], further_images(cascade), cascade.shapes(shape)[-1]
+            ),
             low_res=read_centres([each.low_res for each in requests], low_res_shape(first, shape)),
             init_image=read_centres([each.init_image for each in requests], shape),
             shape=shape,
             strength=strength,
+            encode_init=encode_init,
             inpaint=inpaint,
             device=self.device,
             autocast=self.autocast,

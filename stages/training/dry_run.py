@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from imagen_core.diffusion import DenoiserConfig
-from imagen_core.store import Store, StoreError, captions_group, text_group
+from imagen_core.store import Store, StoreError, array_group, captions_group, text_group
 from imagen_core.store.buckets import Shape
 from imagen_core.store.read.caption_choice import caption_shares
 from imagen_core.train import TrainConfig, TrainError
@@ -37,6 +37,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             num_averages=len(config.ema.rates),
             num_shards=1,
             lora=config.lora,
+            moments_on_cpu=config.optimizer.on_cpu,
         )
     except TrainError as error:
         raise ConfigError(str(error)) from error
@@ -51,6 +52,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     for name in sets:
         needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
     needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
+    needed += [array_group(name) for name in config.condition_images]
     image_bytes = sum(3 * size * size for size in sizes)
     return {
         "parameters": memory.weights // 4 - (trained if config.lora is not None else 0),

@@ -391,3 +391,20 @@ def test_a_null_text_of_another_width_or_for_models_without_captions_is_refused(
         generate(Cascade([stage(8)], ENCODER), [0], null_text=np.zeros((2, 3)))
     with pytest.raises(ValueError, match="null_text: the stages read no captions as tokens"):
         Cascade([stage(8)]).sample(None, [0], null_text=np.zeros((2, DIM)))
+
+
+def test_an_encoded_image_comes_back_without_its_prompt_whatever_the_seed() -> None:
+    """With guidance of weight 0 the way down is the way up, to the error of the solver."""
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+
+    def errors(num_steps: int, weight: float, strength: float = 1.0, seed: int = 1) -> float:
+        sampling = {"sampler": {"kind": "heun"}, "num_steps": num_steps, "guidance": {"text": weight}}
+        cascade = Cascade([stage(8, **sampling, threshold={"kind": "none"})], ENCODER)
+        options = {"init_image": image, "strength": strength, "encode_init": True, "dtype": torch.float64}
+        return float((cascade.sample([caption(1)], [seed], **options)[8] - image).abs().mean())  # type: ignore[arg-type]
+
+    back, changed = errors(40, 0.0), errors(40, 2.0)
+    assert back < 0.003
+    assert errors(40, 0.0, seed=2) == back
+    assert changed > 10 * back
+    assert changed > errors(40, 2.0, strength=0.4) > errors(40, 2.0, strength=0.0) == 0

@@ -45,7 +45,7 @@ TAKES = {
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
     *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
-    *("image_encoders.null", "duplicates.exclude", "stores.path"),
+    *("image_encoders.null", "duplicates.exclude", "stores.path", "lora.base"),
 }
 """Keys and options whose value may be a URL. What is here has a test with one, here or in test_object_store.py and
 test_folder_url.py."""
@@ -56,6 +56,7 @@ REFUSES = {
     "import out": ["import", "nemo", "a.nemo", "--out", URL],
     "paths": ["import", "nemo", f"{URL}.nemo", "--out", "x"],
     "cache_dir": ["config", "validate", "train", "-c", "one-gpu-base64", "store=s", f"data.cache_dir={URL}"],
+    "export sampling": ["export", "RUN", "--to", "diffusers", "--out", "x", "--sampling", f"{URL}.yaml"],
     "encoders.model": ["run", "precompute", "--executor", "inline", f"encoders.0.model={URL}"],
     "huggingface.path": ["run", "precompute", "source.kind=huggingface", f"source.path={URL}"],
 }
@@ -69,6 +70,7 @@ OTHER = {
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
     *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
+    *("targets", "negative_prompt", "architecture", "text_layers"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 

@@ -116,3 +116,28 @@ def test_recipe_trains_resumes_and_samples(name: str, run: Path, tmp_path: Path)
     assert result.code == 0, result.err
     side = trained.denoiser.size_px
     assert Image.open(tmp_path / f"generated/images-{side}/00000.png").size == (side, side)
+
+
+@pytest.mark.slow
+def test_paddles_base_and_super_resolution_sample_as_the_cascade_that_ships(run: Path, tmp_path: Path) -> None:
+    larger = {"denoiser.size_px": 32, "denoiser.low_res_px": 8, "denoiser.unet.image_size_px": 32}
+    for name, changes in {"paddle-397m-single": {}, "paddle-sr256-single": larger}.items():
+        recipe = load_config(TrainWorkflowConfig, find_config("train", name))
+        overrides = [f"{key}={value}" for key, value in (reduced(recipe) | changes).items()]
+        command = ["run", "train", "-c", name, "--out", str(tmp_path / name), "--quiet", f"store={run}/run/store"]
+        result = call(*command, *overrides, "num_steps=1")
+        assert result.code == 0, result.err
+    places = [
+        f"stages.{k}.checkpoint={tmp_path}/{name}"
+        for k, name in enumerate(["paddle-397m-single", "paddle-sr256-single"])
+    ]
+    steps = [f"stages.{k}.sampling.num_steps=3" for k in (0, 1)]
+    command = ["run", "sample", "-c", "paddle-64-256", "--out", str(tmp_path / "generated"), "--quiet", "device=cpu"]
+    result = call(*command, *places, *steps, "prompts=[a small red circle]")
+    assert result.code == 0, result.err
+    for side in (8, 32):
+        assert Image.open(tmp_path / f"generated/images-{side}/00000.png").size == (side, side)
+    settings = json.loads((tmp_path / "generated/images.json").read_text())["settings"]["stages"]
+    assert [stage["sampling"]["sampler"]["kind"] for stage in settings] == ["ancestral", "ancestral"]
+    assert [stage["sampling"]["threshold"]["percentile"] for stage in settings] == [0.95, 0.95]
+    assert [stage["sampling"]["guidance"]["text"] for stage in settings] == [5.0, 1.0]

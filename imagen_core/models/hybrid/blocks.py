@@ -64,10 +64,12 @@ class TwoConvs(nn.Module):
 class TextAttention(nn.Module):
     """Pixels attend to the condition tokens; with a norm before and after, and a residual."""
 
-    def __init__(self, width: int, config: HybridUNetSettings, *, linear: bool = False, middle: bool = False):
+    def __init__(
+        self, width: int, config: HybridUNetSettings, *, level: int, linear: bool = False, middle: bool = False
+    ):
         super().__init__()
-        num_heads = config.cross_num_heads or config.num_heads
-        head_dim = config.cross_head_dim or config.head_dim
+        num_heads, head_dim = config.heads(level)
+        num_heads, head_dim = config.cross_num_heads or num_heads, config.cross_head_dim or head_dim
         if middle:
             num_heads = config.middle_cross_num_heads or num_heads
             head_dim = config.middle_cross_head_dim or head_dim
@@ -99,18 +101,20 @@ class TransformerBlock(nn.Module):
         width: int,
         config: HybridUNetSettings,
         *,
+        level: int,
         attend_to_conditions: bool,
         feed_forward: bool = True,
         depth: int = 1,
         linear: bool = False,
     ):
         super().__init__()
+        num_heads, head_dim = config.heads(level)
         self.layers = nn.ModuleList(
             [
                 TransformerLayer(
                     width,
-                    num_heads=config.num_heads,
-                    head_dim=config.head_dim,
+                    num_heads=num_heads,
+                    head_dim=head_dim,
                     ff_mult=config.ff_mult if feed_forward else 0,
                     context_dim=config.context_dim if attend_to_conditions else None,
                     qk_norm=config.qk_norm,

@@ -1,12 +1,13 @@
 """Configuration of the Hybrid UNets."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from imagen_core.models.unet.base import UNetBaseConfig
 
 LevelAttention = bool | Literal["linear"]
+_Count = Annotated[int, Field(ge=1)]
 
 
 class HybridUNetSettings(UNetBaseConfig):
@@ -49,10 +50,10 @@ class HybridUNetSettings(UNetBaseConfig):
     """Number of attention heads of the resampler."""
     perceiver_head_dim: int = Field(default=64, ge=1)
     """Channels of one attention head of the resampler."""
-    num_heads: int = Field(default=8, ge=1)
-    """Number of attention heads."""
-    head_dim: int = Field(default=64, ge=1)
-    """Channels of one attention head."""
+    num_heads: _Count | tuple[_Count, ...] = 8
+    """Number of attention heads, of all levels or of each; the middle has those of the last level."""
+    head_dim: _Count | tuple[_Count, ...] = 64
+    """Channels of one attention head, of all levels or of each."""
     cross_num_heads: int | None = Field(default=None, ge=1)
     """Number of attention heads of ResBlocks; null means num_heads."""
     cross_head_dim: int | None = Field(default=None, ge=1)
@@ -127,8 +128,10 @@ class HybridUNetSettings(UNetBaseConfig):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {levels} levels of dim_mults")
         if self.dim % 8:
             raise ValueError(f"dim must be a multiple of 8 (got {self.dim})")
-        if isinstance(self.transformer_depth, tuple) and len(self.transformer_depth) != levels:
-            raise ValueError(f"transformer_depth has {len(self.transformer_depth)} entries for {levels} levels")
+        for name in ("transformer_depth", "num_heads", "head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries for {levels} levels")
         if any(kernel % 2 == 0 for kernel in self.init_kernels) or list(self.init_kernels) != sorted(
             self.init_kernels
         ):
@@ -146,6 +149,11 @@ class HybridUNetSettings(UNetBaseConfig):
     def depth(self, level: int) -> int:
         """Layers of the transformer block of a level."""
         return self.transformer_depth if isinstance(self.transformer_depth, int) else self.transformer_depth[level]
+
+    def heads(self, level: int) -> tuple[int, int]:
+        """Number of attention heads of a level, and the channels of each; level -1 is the last one."""
+        number, dim = self.num_heads, self.head_dim
+        return number if isinstance(number, int) else number[level], dim if isinstance(dim, int) else dim[level]
 
     @property
     def context_dim(self) -> int:

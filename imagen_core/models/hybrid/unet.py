@@ -65,6 +65,7 @@ class HybridUNet(nn.Module):
                 TransformerBlock(
                     middle,
                     config,
+                    level=last,
                     attend_to_conditions=False,
                     feed_forward=config.middle_feed_forward,
                     depth=config.middle_transformer_depth,
@@ -141,13 +142,14 @@ class HybridUNet(nn.Module):
         channels = width + skip_width
 
         def block(*, reads: bool, gate: bool = False) -> Block:
-            return Block(self._res(channels, width, text=text if reads else False, gate=gate), None)
+            return Block(self._res(channels, width, level=level, text=text if reads else False, gate=gate), None)
 
         transformer = None
         if attention:
             transformer = TransformerBlock(
                 width,
                 config,
+                level=level,
                 attend_to_conditions=config.attend_to_conditions,
                 depth=config.depth(level),
                 linear=attention == "linear",
@@ -170,6 +172,7 @@ class HybridUNet(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
+        level: int = -1,
         text: LevelAttention = False,
         gate: bool = False,
         middle: bool = False,
@@ -185,7 +188,7 @@ class HybridUNet(nn.Module):
             zero_init=False,
             conv_first=config.res_block == "conv_first",
             weight_standardization=config.weight_standardization,
-            text_attention=TextAttention(out_channels, config, linear=text == "linear", middle=middle)
+            text_attention=TextAttention(out_channels, config, level=level, linear=text == "linear", middle=middle)
             if text
             else None,
             gate=GlobalContext(out_channels) if gate else None,

@@ -33,6 +33,6 @@ class AttentionUNet(nn.Module):
         context = self.inputs(c_noise, conditioning)
         return self.conv_in(concatenate_images(x, conditioning, self.config)), context
 
-    def run(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
-        """Runs a block, with activation checkpointing if the configuration asks for it."""
-        return run_block(block, x, context, recompute=self.config.activation_checkpointing)
+    def run(self, block: nn.Module, x: Tensor, context: Context, *, recompute: bool = True) -> Tensor:
+        """Runs a block, with activation checkpointing if the configuration and `recompute` ask for it."""
+        return run_block(block, x, context, recompute=recompute and self.config.activation_checkpointing)

@@ -79,8 +79,8 @@ class AttentionUNetConfig(UNetBaseConfig):
 
     embed_dim: int = Field(ge=32)
     """Channels at multiplier 1, and width of the sinusoidal time embedding."""
-    channel_mult: tuple[int, ...] = Field(min_length=1)
-    """Channels of each level, in units of embed_dim."""
+    channel_mult: tuple[int | float, ...] = Field(min_length=1)
+    """Channels of each level, in units of embed_dim, rounded down to whole channels."""
     attention_type: AttentionType = "fused"
     """fused: pixels attend to pixels and conditions at once; cross: to conditions only; stacked: a transformer block;
     self: to pixels only. Conditions are captions and image embeddings."""
@@ -136,7 +136,7 @@ class AttentionUNetConfig(UNetBaseConfig):
     @property
     def widths(self) -> list[int]:
         """Channels of each level."""
-        return [self.embed_dim * mult for mult in self.channel_mult]
+        return [int(self.embed_dim * mult) for mult in self.channel_mult]
 
     @property
     def sides_px(self) -> list[int]:
@@ -162,6 +162,8 @@ class AttentionUNetConfig(UNetBaseConfig):
         if not set(resolutions) <= set(self.sides_px):
             raise ValueError(f"transcription.resolutions {resolutions}: the levels have sides of {self.sides_px} px")
 
-    def head_width(self, width: int) -> int:
-        """Channels of one attention head at `width` channels; num_heads takes precedence over head_dim."""
-        return self.head_dim if self.num_heads is None else width // self.num_heads
+    def head_width(self, width: int, num_heads: int | None = None) -> int:
+        """Channels of one attention head at `width` channels; num_heads, given or the model's, takes precedence over
+        head_dim."""
+        num_heads = num_heads or self.num_heads
+        return self.head_dim if num_heads is None else width // num_heads

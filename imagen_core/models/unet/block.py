@@ -56,9 +56,11 @@ def check_widths(widths: Sequence[int], attends: Sequence[bool], head_dim: int, 
             raise ValueError(f"{option} does not divide the {width} channels of a level with attention")
 
 
-def make_attention(config: AttentionUNetConfig, width: int, cond_dim: int) -> nn.Module:
-    """Attention of `width` channels over pixels, or pixels and text tokens of width cond_dim."""
-    kind, head_dim, grouped = config.attention_type, config.head_width(width), config.padded_tokens is not None
+def make_attention(config: AttentionUNetConfig, width: int, cond_dim: int, num_heads: int | None = None) -> nn.Module:
+    """Attention of `width` channels over pixels, or pixels and text tokens of width cond_dim; num_heads overrides the
+    configuration's."""
+    kind, grouped = config.attention_type, config.padded_tokens is not None
+    head_dim = config.head_width(width, num_heads)
     if kind == "stacked":
         return StackedAttention(width, head_dim=head_dim, context_dim=cond_dim, group_context=grouped)
     context_dim = None if kind == "self" else cond_dim

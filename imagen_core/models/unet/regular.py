@@ -5,7 +5,7 @@ and appendix F, for the text. Every level has ResBlocks with attention at chosen
 the way down is concatenated to an input on the way up.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,8 @@ from imagen_core.models.unet.block import (
     make_transcription_attention,
     of_type,
 )
+
+Part = Literal["down", "middle", "up"]
 
 
 class RegularUNetConfig(AttentionUNetConfig):
@@ -50,6 +52,12 @@ class RegularUNetConfig(AttentionUNetConfig):
     """The sum of a ResBlock's two branches is divided by it; sqrt(2) in DeepFloyd IF's super-resolution."""
     middle_divisor: float = default_field(1.0, gt=0)
     """The same for the ResBlocks between the way down and the way up."""
+    up_num_heads: int | None = default_field(None, ge=1)
+    """Heads of attention on the way up, if not those of the way down (ADM: num_heads_upsample)."""
+    middle_num_heads: int | None = default_field(None, ge=1)
+    """Heads of attention between the way down and the way up, if not those of the way down."""
+    checkpointed_parts: tuple[Part, ...] = default_field(("down", "middle", "up"), min_length=1)
+    """Where activation_checkpointing recomputes blocks."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegularUNetConfig":
@@ -59,8 +67,11 @@ class RegularUNetConfig(AttentionUNetConfig):
         if min(self.blocks_per_level) < 1:
             raise ValueError(f"num_res_blocks: every level needs one or more (got {self.num_res_blocks})")
         self.check_conditions()
-        attends = [side in self.attention_resolutions for side in self.sides_px[:-1]] + [True]  # the middle always
-        check_widths(self.widths, attends, self.head_dim, self.num_heads)
+        attending = [side in self.attention_resolutions for side in self.sides_px]
+        check_widths(self.widths, attending, self.head_dim, self.num_heads)
+        check_widths(self.widths, attending, self.head_dim, self.up_num_heads or self.num_heads)
+        middle = [False] * (len(attending) - 1) + [True]  # it always attends
+        check_widths(self.widths, middle, self.head_dim, self.middle_num_heads or self.num_heads)
         return self
 
     @property
@@ -97,7 +108,9 @@ class RegularUNet(AttentionUNet):
             self.down.append(Level(blocks, self._resample("down", width) if level < last else None))
 
         middle = [self._res(width, width, divisor=config.middle_divisor) for _ in range(2)]
-        self.middle = nn.ModuleList([Block(middle[0], self._attention(width)), Block(middle[1], None)])
+        self.middle = nn.ModuleList(
+            [Block(middle[0], self._attention(width, config.middle_num_heads)), Block(middle[1], None)]
+        )
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
@@ -117,27 +130,28 @@ class RegularUNet(AttentionUNet):
         """
         h, context = self.stem(x, c_noise, conditioning)
         skips = [h]
+        parts = {part: part in self.config.checkpointed_parts for part in get_args(Part)}
         for level in of_type(self.down, Level):
             for block in level.blocks:
-                h = self.run(block, h, context)
+                h = self.run(block, h, context, recompute=parts["down"])
                 skips.append(h)
             if level.resample is not None:
-                h = self.run(level.resample, h, context)
+                h = self.run(level.resample, h, context, recompute=parts["down"])
                 skips.append(h)
         for block in self.middle:
-            h = self.run(block, h, context)
+            h = self.run(block, h, context, recompute=parts["middle"])
         for level in of_type(self.up, Level):
             for block in level.blocks:
-                h = self.run(block, torch.cat([h, skips.pop()], dim=1), context)
+                h = self.run(block, torch.cat([h, skips.pop()], dim=1), context, recompute=parts["up"])
             if level.resample is not None:
-                h = self.run(level.resample, h, context)
+                h = self.run(level.resample, h, context, recompute=parts["up"])
         return self.conv_out(activate(self.norm_out(h), self.config.activation))
 
     def _block(self, level: int, in_channels: int, out_channels: int, *, up: bool) -> Block:
         attends = self.config.sides_px[level] in self.config.attention_resolutions
         return Block(
             self._res(in_channels, out_channels),
-            self._attention(out_channels) if attends else None,
+            self._attention(out_channels, self.config.up_num_heads if up else None) if attends else None,
             make_transcription_attention(self.config, level, out_channels, up=up),
         )
 
@@ -155,8 +169,8 @@ class RegularUNet(AttentionUNet):
             resample=resample,
         )
 
-    def _attention(self, width: int) -> nn.Module:
-        return make_attention(self.config, width, self.config.cond_dim)
+    def _attention(self, width: int, num_heads: int | None) -> nn.Module:
+        return make_attention(self.config, width, self.config.cond_dim, num_heads)
 
     def _resample(self, how: Resample, width: int) -> Block:
         if self.config.resblock_updown:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_core.store.read.order import BATCHES, SHARDS, WINDOW, Ahead, derive_key, permute
+from imagen_core.store.read.order import BATCHES, SHARDS, WINDOW, Ahead, Place, derive_key, permute
 
 MAX_LEFT_OUT = 0.02
 """Largest part of the samples that `drop_last` may leave out of an epoch."""
@@ -63,7 +63,15 @@ class BucketedOrder:
     """
 
     def __init__(
-        self, buckets: np.ndarray, num_buckets: int, *, bounds: np.ndarray, window: int, seed: int, shuffle: bool
+        self,
+        buckets: np.ndarray,
+        num_buckets: int,
+        *,
+        bounds: np.ndarray,
+        window: int,
+        seed: int,
+        shuffle: bool,
+        place: Place = permute,
     ) -> None:
         """
         Args:
@@ -71,7 +79,9 @@ class BucketedOrder:
             bounds: rising from 0 to n; shard i has the samples from bounds[i] to bounds[i + 1].
             window: number of shards within which samples are shuffled; 0 shuffles all samples with each other.
             shuffle: False gives the buckets one after another, each in the order of the samples.
+            place: how a bucket's samples are taken within a window.
         """
+        self._place = place
         self._seed, self._shuffle, self._windowed = seed, shuffle, window > 0
         self._bounds = bounds if window else np.array([0, len(buckets)], np.int64)
         num_units = len(self._bounds) - 1
@@ -150,7 +160,7 @@ class BucketedOrder:
         for window in np.unique(windows).tolist() if self._shuffle else ():
             chosen, first = windows == window, int(ends[window - 1]) if window else 0
             key = derive_key(self._seed, epoch, WINDOW, window, bucket)
-            placed[chosen] = permute(sequence[chosen] - first, int(ends[window]) - first, key) + first
+            placed[chosen] = self._place(sequence[chosen] - first, int(ends[window]) - first, key) + first
         units = plan.unit_ends[:, bucket].searchsorted(placed, side="right")
         own = plan.units[units]
         within = placed - (plan.unit_ends[units, bucket] - self._counts[own, bucket])

@@ -12,7 +12,7 @@ from imagen_core.store.buckets import shapes_difference
 from imagen_core.store.read.batch import BatchReader, Draw
 from imagen_core.store.read.bucketed import MAX_LEFT_OUT, BucketedOrder, Cut, check_bucket_state
 from imagen_core.store.read.options import LoaderOptions
-from imagen_core.store.read.order import CAPTION, ShuffledOrder, WindowedOrder, choices, derive_key
+from imagen_core.store.read.order import CAPTION, ShuffledOrder, WindowedOrder, choices, derive_key, permute, resample
 from imagen_core.store.read.reader import StoreReader
 
 _STATE_NUMBERS = ("epoch", "position", "num_samples", "first_sample", "shuffle_window_shards", "num_removals")
@@ -48,7 +48,8 @@ class Loader:
     `world_size * batch_size` of them, split over the ranks in order. The last one may be smaller: it is
     split as evenly as can be, so each sample is seen exactly once per epoch, and every rank yields the
     same number of batches. A rank can then get an empty batch (B = 0); `drop_last` leaves that global
-    batch out instead.
+    batch out instead. With `replacement` each place of the epoch has a sample by a hash of (seed, epoch, place)
+    instead: epochs are as long, and all else holds, but a sample may come more than once, or not at all.
 
     Buckets. Where the images of the store are of aspect-ratio buckets, each global batch is of one bucket: each
     bucket's samples are shuffled and cut into batches, and the batches of all buckets are shuffled. What is left of
@@ -129,7 +130,8 @@ class Loader:
         """Orders `samples`, indices of the samples that the store had after its first removals."""
         self._num_removals, self._samples = num_removals, samples
         self._places, self._removed = self._store.places(num_removals)
-        self._shuffled = ShuffledOrder(len(samples), self._options.seed)
+        place = resample if self._options.replacement else permute
+        self._shuffled = ShuffledOrder(len(samples), self._options.seed, place)
         self._bucketed: BucketedOrder | None = None
         self._cut = Cut(self._global_batch_size, ())
         if self._reader.ratios:
@@ -141,10 +143,12 @@ class Loader:
                 window=self._window_shards,
                 seed=self._options.seed,
                 shuffle=self._options.shuffle,
+                place=place,
             )
             self._cut = self._bucketed.uncut(self._global_batch_size)
         elif self._window_shards:
-            self._windowed = WindowedOrder(self._places.bounds(samples), self._window_shards, self._options.seed)
+            bounds = self._places.bounds(samples)
+            self._windowed = WindowedOrder(bounds, self._window_shards, self._options.seed, place)
 
     @property
     def _global_batch_size(self) -> int:
@@ -262,6 +266,7 @@ class Loader:
             "num_removals": self._num_removals,
             **({} if self._bucketed is None else {"buckets": buckets}),
             **({} if self._places.digest is None else {"chosen": self._places.digest}),
+            **({"replacement": True} if self._options.replacement else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -282,11 +287,11 @@ class Loader:
                 "chooses differ; resume with the same condition and store. Values of samples that were removed and "
                 "erased since are unknown"
             )
-        for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards"):
-            if state.get(name, 0) != mine[name]:
+        for name in ("seed", "shuffle", "num_samples", "first_sample", "shuffle_window_shards", "replacement"):
+            if state.get(name, 0) != mine.get(name, 0):
                 raise ValueError(
-                    f"loader state has {name} {state.get(name, 0)}, this loader has {mine[name]}: the order of "
-                    "samples differs; resume with the same store, seed and shuffle"
+                    f"loader state has {name} {state.get(name, 0)}, this loader has {mine.get(name, 0)}: the order of "
+                    "samples differs; resume with the same store, seed and order"
                 )
         epoch, position = int(state["epoch"]), int(state["position"])
         cut = self._cut_as(state, epoch, position)
@@ -338,13 +343,14 @@ class Loader:
     def draws(self, epoch: int, positions: range) -> list[tuple[int, Draw]]:
         """The samples at some positions of an epoch, each with its position; those that are removed are left out."""
         kept, indices, places = self._kept(epoch, positions)
-        hashes = choices(indices, derive_key(self._options.seed, epoch, CAPTION))
         at = [positions.start + k for k in kept]
+        of = np.array(at, np.int64) if self._options.replacement else indices  # a sample may come again in an epoch
+        hashes = choices(of, derive_key(self._options.seed, epoch, CAPTION))
         first = epoch * len(self._samples)
         draws = [(p, Draw(*place, choice, first + p)) for p, place, choice in zip(at, places, hashes, strict=True)]
         if not self._reader.has_caption_sets:
             return draws
-        sets = choices(indices, derive_key(self._options.seed, epoch, CAPTION, 1))
+        sets = choices(of, derive_key(self._options.seed, epoch, CAPTION, 1))
         return [(p, replace(draw, set_choice=choice)) for (p, draw), choice in zip(draws, sets, strict=True)]
 
     def _read(self, epoch: int, positions: range, shift: int) -> dict[str, Any]:

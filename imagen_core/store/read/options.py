@@ -44,6 +44,9 @@ class LoaderOptions:
         crop: a view of each image instead of all of it, such as `Crop`; only its square is read where images are raw.
         shuffle_window_shards: shards come in random order, and samples are shuffled within this many shards; for
             stores that are far away or larger than memory. None shuffles all samples with each other.
+        replacement: samples are drawn with replacement: each place of an epoch independently, with the same
+            probability, so that some come more than once and others not at all; of several captions another may be
+            taken each time. With buckets, or shuffle_window_shards, within each bucket or window.
         pin_memory: batches in pinned memory, for asynchronous copies to a CUDA device.
     Raises:
         ValueError: a number is out of range, or options do not fit together.
@@ -72,6 +75,7 @@ class LoaderOptions:
     where: str | None = None
     text_layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     caption_sets: Mapping[str, float] | None = None
+    replacement: bool = False
 
     @property
     def reads_captions(self) -> bool:
@@ -101,6 +105,8 @@ class LoaderOptions:
             raise ValueError(f"rank must be in [0, world_size), got rank {self.rank} of {self.world_size}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or more, or None (got {self.max_tokens})")
+        if self.replacement and not self.shuffle:
+            raise ValueError("replacement goes with shuffle (got shuffle=False): without it samples keep their order")
         window = self.shuffle_window_shards
         if window is not None and (window < 1 or not self.shuffle):
             raise ValueError(

@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 6
 _MOST_VALUES_PER_POSITION = 4  # so many has the network where all positions are asked for
 _AHEAD = 4096  # positions
-ORDER, CAPTION, SHARDS, WINDOW, BATCHES = range(5)  # what a key is for
+ORDER, CAPTION, SHARDS, WINDOW, BATCHES, REPLACEMENT = range(6)  # what a key is for
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -67,6 +67,23 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def resample(positions: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where a keyed random function into range(size) sends each position: independent and uniform, so that some values
+    come more than once and others not at all.
+
+    Args:
+        positions: integers from 0.
+    Returns:
+        int64 of the same shape, in [0, size).
+    """
+    hashed = mix64(mix64(positions.astype(np.uint64)) ^ np.uint64(derive_key(key, REPLACEMENT)))
+    return (hashed % np.uint64(size)).astype(np.int64)
+
+
+Place = Callable[[np.ndarray, int, int], np.ndarray]
+"""`permute`, or `resample`."""
+
+
 def choices(indices: np.ndarray, key: int) -> list[int]:
     """A hash of the key and each sample's index; `hash % count` chooses one of `count`."""
     return mix64(mix64(indices.astype(np.uint64)) ^ np.uint64(key)).tolist()
@@ -93,10 +110,10 @@ class Ahead:
 
 
 class ShuffledOrder:
-    """All samples shuffled with each other by `permute`: a function of (seed, epoch)."""
+    """All samples shuffled with each other by `place`: a function of (seed, epoch)."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self._size, self._seed = size, seed
+    def __init__(self, size: int, seed: int, place: Place = permute) -> None:
+        self._size, self._seed, self._place = size, seed, place
         self._ahead = Ahead(size, self._samples)
 
     def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
@@ -104,7 +121,7 @@ class ShuffledOrder:
         return self._ahead.samples(epoch, positions)
 
     def _samples(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        return permute(positions, self._size, derive_key(self._seed, epoch, ORDER))
+        return self._place(positions, self._size, derive_key(self._seed, epoch, ORDER))
 
 
 class WindowedOrder:
@@ -113,8 +130,10 @@ class WindowedOrder:
     An order is a function of (seed, epoch), as `permute` is: each position is computed on its own.
     """
 
-    def __init__(self, bounds: np.ndarray, window: int, seed: int) -> None:
-        """`bounds`: rising, (n + 1,); shard i has the indices from bounds[i] to bounds[i + 1]."""
+    def __init__(self, bounds: np.ndarray, window: int, seed: int, place: Place = permute) -> None:
+        """`bounds`: rising, (n + 1,); shard i has the indices from bounds[i] to bounds[i + 1]. `place`: how samples
+        are taken within a window."""
+        self._place = place
         self._starts, self._counts = bounds[:-1], np.diff(bounds)
         self._window, self._seed = window, seed
         self._epoch = -1
@@ -134,7 +153,7 @@ class WindowedOrder:
             first = int(self._window_ends[window - 1]) if window else 0
             size = int(self._window_ends[window]) - first
             key = derive_key(self._seed, epoch, WINDOW, window)
-            placed[chosen] = permute(positions[chosen] - first, size, key) + first
+            placed[chosen] = self._place(positions[chosen] - first, size, key) + first
         shards = self._ends.searchsorted(placed, side="right")
         return placed + self._shifts[shards]
 

@@ -26,7 +26,7 @@ from imagen_core.store.files.ragged import all_finite
 from imagen_core.store.files.samples import SamplesFile
 from imagen_core.store.files.shard import open_embeddings, read_digests
 from imagen_core.store.folder import StoreFolder
-from imagen_core.store.layout import LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
+from imagen_core.store.layout import HUB_FILES, LOCK_FILES, MANIFEST_NAME, REMOVED, SAMPLES_GROUP, SCHEMA_VERSION
 from imagen_core.store.manifest import Manifest, apply_removals, read_manifest
 from imagen_core.store.probe import parse_probe
 from imagen_core.store.records import (
@@ -369,7 +369,7 @@ class _Check(FileChecks):
 
     def strays(self) -> None:
         """Warn of files that the manifest does not know: leftovers, or a group that is not finished for all shards."""
-        known = {MANIFEST_NAME, REMOVAL_HEAD, *LOCK_FILES}
+        known = {MANIFEST_NAME, REMOVAL_HEAD, *HUB_FILES, *LOCK_FILES}
         known.update(removal_path(i + 1) for i in range(self._manifest.num_removals))
         shared = (file for group in self._manifest.texts.values() for file in (group.null, group.probe))
         known.update(file.path for file in shared if file is not None)

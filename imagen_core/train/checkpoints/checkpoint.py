@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ _FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
 STATE = "state.json"
 """Written last into a checkpoint's folder, and removed first: a folder without it is no checkpoint."""
+SHARED = "model.safetensors"
+"""The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
+configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = "unet.activation_checkpointing:"  # decides memory and time, not results
 
@@ -65,6 +68,7 @@ class LoadedDenoiser:
         shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
             not known (checkpoints of earlier versions, imports) or it is a prior.
         place: the checkpoint's folder, or the file; a path or a URL.
+        condition_images: channels of each further image that it reads, by name.
     """
 
     denoiser: Denoiser
@@ -76,6 +80,7 @@ class LoadedDenoiser:
     max_tokens: int
     shapes: tuple[tuple[int, int], ...] = ()
     place: str = ""
+    condition_images: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stage(self) -> DenoiserConfig:
@@ -230,7 +235,8 @@ def load_checkpoint(
     """A trained stage.
 
     Args:
-        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), or a file of `write_model`.
+        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), a file of `write_model`, or a
+            folder with such a file `model.safetensors`, as `pipeline pull` makes it.
         weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
         lora: how the adapter is added to its base, where the checkpoint is one of an adapter; None: merged.
         load_base: reads that base; the default reads local paths only.
@@ -245,6 +251,8 @@ def load_checkpoint(
         return _load_file(path, weights)
     if not (path / STATE).exists():
         found = checkpoints(path / "checkpoints")
+        if not found and (path / SHARED).is_file():
+            return _load_file(path / SHARED, weights)
         if not found:
             raise CheckpointError(
                 f"{path}: has no checkpoint; give the --out of a `pipeline run train`, or a step-... folder"
@@ -269,7 +277,8 @@ def load_checkpoint(
     encoders = state["encoder"], state.get("embed_encoders", {})
     shapes = _shapes(state.get("shapes"))
     place = os.path.abspath(path)
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place)
+    further = state["config"].get("condition_images", {})
+    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place, further)
 
 
 def _load_base(

@@ -44,6 +44,7 @@ class _LossScaleRecord(_Record):
 
 class _SettingsRecord(_Record):
     max_tokens: Annotated[int, Field(ge=1)]
+    condition_images: dict[str, Annotated[int, Field(ge=1)]] = {}
 
 
 class _BaseRecord(_Record):
@@ -88,6 +89,7 @@ class ExportRecord(_ModelRecord):
     weights: str
     max_tokens: Annotated[int, Field(ge=1)]
     embed_encoders: dict[str, _EncoderRecord]
+    condition_images: dict[str, Annotated[int, Field(ge=1)]] = {}
 
 
 def wrong_fields(record: type[_Record], value: object) -> list[str]:

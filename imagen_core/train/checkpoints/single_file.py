@@ -15,6 +15,7 @@ from imagen_core.train.errors import CheckpointError
 _METADATA_KEY = "imagen"  # the entry of the file's metadata
 _FIELDS = ("denoiser", "encoder", "embed_encoders", "step", "weights", "max_tokens")
 _SHAPES = "shapes"  # only where they are known
+_CONDITION_IMAGES = "condition_images"  # only where it reads some
 
 
 def write_model(path: Path, model: Any) -> None:
@@ -26,6 +27,8 @@ def write_model(path: Path, model: Any) -> None:
     metadata["denoiser"] = model.denoiser.config.model_dump(mode="json")
     if model.shapes:
         metadata[_SHAPES] = [list(shape) for shape in model.shapes]
+    if model.condition_images:
+        metadata[_CONDITION_IMAGES] = dict(model.condition_images)
     tensors = {name: value.contiguous() for name, value in model.denoiser.state_dict().items()}
     entries = {"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True), SEAL: UNSEALED}
     save_file(tensors, path, metadata=entries)
@@ -54,5 +57,5 @@ def read_model(path: Path) -> tuple[dict[str, Any], str]:
             f"{path}: its metadata do not fit: {'; '.join(wrong[:3])}; give a file of `pipeline export`, or a "
             "run folder"
         )
-    known = [field for field in (*_FIELDS, _SHAPES) if field in metadata]
+    known = [field for field in (*_FIELDS, _SHAPES, _CONDITION_IMAGES) if field in metadata]
     return {field: metadata[field] for field in known}, file_digest(path)

@@ -1,6 +1,6 @@
 """What training changes: weights, their averages, the optimizer, and the number of steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, 
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.ema import WeightAverages
 from imagen_core.train.lora.adapter import saved_parameters
+from imagen_core.train.offload import OffloadedAdamW
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, unsharded
 
@@ -31,6 +32,8 @@ class TrainState:
         self.model, self.optimizer, self.averages, self.noise_levels = model, optimizer, averages, noise_levels
         self.step = 0
         self.samples = 0
+        self.whole = True
+        """Whether everything is of the same step; false within an update."""
         self.loss_scale: LossScale | None = None
         """Only with float16."""
 
@@ -42,9 +45,11 @@ class TrainState:
         Args:
             check: see `write_checkpoint`.
         """
-        files: dict[str, dict[str, Tensor]] = {"model": self._gather(saved_parameters(self.model), writes)}
+        parameters = saved_parameters(self.model)
+        files: dict[str, dict[str, Tensor]] = {"model": self._gather(parameters.items(), writes)}
         for rate, average in self.averages.averages.items():
-            files[f"ema-{rate}"] = self._gather(self._laid_out(average), writes)
+            laid_out = ((name, _laid_out(values, parameters[name])) for name, values in average.items())
+            files[f"ema-{rate}"] = self._gather(laid_out, writes)
         files["optimizer"] = self._gather(self._moments(), writes)
         if self.noise_levels.learns:
             files["noise_levels"] = self.noise_levels.tensors()
@@ -83,6 +88,8 @@ class TrainState:
                 restored = torch.empty_like(parameter)
                 local(restored).copy_(local(like(values, parameter)))
                 self.optimizer.state[parameter][moment] = restored
+            if isinstance(self.optimizer, OffloadedAdamW):
+                self.optimizer.offload(parameter)
         if self.noise_levels.learns and "noise_levels.safetensors" in saved["files"]:  # else it starts to learn them
             self.noise_levels.load(read_tensors(path, saved, "noise_levels"))
         if self.loss_scale is not None and saved.get("loss_scale") is not None:
@@ -94,43 +101,36 @@ class TrainState:
         """The parameters the optimizer has."""
         return [(name, p) for name, p in saved_parameters(self.model).items() if p.requires_grad]
 
-    def _moments(self) -> dict[str, Tensor]:
-        moments: dict[str, Tensor] = {}
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():
             known = self.optimizer.state[parameter]
             if not known:  # no step was taken yet: all gradients overflowed
                 zeros = torch.zeros_like(parameter)
                 known = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros((), dtype=torch.float32)}
-            moments |= {f"{moment}.{name}": known[moment] for moment in _MOMENTS}
-        return moments
-
-    def _laid_out(self, average: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This process's parts of an average as sharded tensors, if the parameters are sharded."""
-        from torch.distributed.tensor import DTensor
-
-        parameters = saved_parameters(self.model)
-        laid_out: dict[str, Tensor] = {}
-        for name, values in average.items():
-            parameter = parameters[name]
-            laid_out[name] = (
-                DTensor.from_local(
-                    values.to(parameter.device),
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-                if isinstance(parameter, DTensor)
-                else values
-            )
-        return laid_out
+            for moment in _MOMENTS:
+                yield f"{moment}.{name}", _laid_out(known[moment], parameter)
 
     @staticmethod
-    def _gather(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
+    def _gather(tensors: Iterable[tuple[str, Tensor]], writes: bool) -> dict[str, Tensor]:
         gathered: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             values = unsharded(tensor).detach()
             if writes:
                 gathered[name] = values.to("cpu", copy=True)
         return gathered
+
+
+def _laid_out(values: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This process's part of a tensor as large as the parameter as a sharded tensor, if the parameter is one."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor) or isinstance(values, DTensor) or not values.ndim:
+        return values
+    return DTensor.from_local(
+        values.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -14,7 +14,7 @@ from imagen_core.models import UNetConfig
 from imagen_core.models.conditioning.base import Conditioning, Tokens, unit_variance
 from imagen_core.models.conditioning.characters import character_ids
 from imagen_core.models.prior import PriorNetworkConfig
-from imagen_core.train.augment import blur, grayscale
+from imagen_core.train.augment import blur, grayscale, jpeg, tint
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.dropout import drop_conditions
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
@@ -27,6 +27,7 @@ from imagen_core.train.data.randomness import (
     sample_numbers,
     sample_uniform,
 )
+from imagen_core.train.data.store_images import condition_images
 from imagen_core.train.data.stream import Batch
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.precision import weights_dtype
@@ -81,6 +82,8 @@ def make_example(
         x0 = _pixels(batch.images[settings.size_px], device, dtype)
         memory = torch.channels_last if config.compute.channels_last else torch.contiguous_format
         x0 = x0.contiguous(memory_format=memory)
+        further = condition_images(batch.raw, config.condition_images, (x0.shape[-2], x0.shape[-1]), device, dtype)
+        conditioning = replace(conditioning, images=further)
     if low_res:
         conditioning = _with_low_res(batch, config, denoiser, conditioning, numbers, step)
     time, weight = numbers.time, torch.ones_like(numbers.time)
@@ -163,19 +166,25 @@ def _with_low_res(
     numbers: RandomNumbers,
     step: int,
 ) -> Conditioning:
-    """Adds the low-resolution image, blurred, in grayscale and noised as configured."""
+    """Adds the low-resolution image, compressed, blurred, in other colours and noised as configured."""
     settings, views, noise = config.denoiser, config.views, numbers.low_res_noise
     assert isinstance(settings, DenoiserConfig)
     assert settings.low_res_px is not None
     assert noise is not None
     dtype, counters = weights_dtype(config.precision), batch.counters or range(1)
-    low_res = _pixels(batch.images[settings.low_res_px], noise.device, dtype)
+    pixels = batch.images[settings.low_res_px]
+    if views.low_res_jpeg is not None:
+        pixels = jpeg(pixels, views.low_res_jpeg, sample_uniform(config.seed, counters, RandomStream.LOW_RES_JPEG, 2))
+    low_res = _pixels(pixels, noise.device, dtype)
     if views.low_res_blur is not None:
         uniform = sample_uniform(config.seed, counters, RandomStream.LOW_RES_BLUR, count=2)
         low_res = blur(low_res, views.low_res_blur, uniform)
     if views.low_res_grayscale:
         uniform = sample_uniform(config.seed, counters, RandomStream.LOW_RES_GRAYSCALE, count=1)
         low_res = grayscale(low_res, uniform[:, 0] < views.low_res_grayscale)
+    if views.low_res_tint is not None:
+        uniform = sample_uniform(config.seed, counters, RandomStream.LOW_RES_TINT, count=4)
+        low_res = tint(low_res, views.low_res_tint, uniform)
     sigma = torch.zeros(len(low_res), dtype=torch.float64)
     if settings.low_res_noise is not None:
         level = numbers.uniform[:, SampleColumn.LOW_RES_NOISE]

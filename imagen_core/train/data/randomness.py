@@ -46,6 +46,10 @@ class RandomStream(IntEnum):
     DROP_LABELS = 15
     DROP_ALL = 16
     LOW_RES_GRAYSCALE = 17
+    LOW_RES_JPEG = 18
+    """By sample: whether it is compressed, and how much."""
+    LOW_RES_TINT = 19
+    """By sample: whether it is tinted, and the colour."""
 
 
 class SampleColumn(IntEnum):

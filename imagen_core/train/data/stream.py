@@ -118,6 +118,7 @@ def loader_options(config: TrainConfig, batch_size: int, *, online: bool) -> Loa
         transcriptions=config.transcription is not None,
         labels=config.num_classes is not None,
         caption_sets=config.captions,
+        arrays=tuple(config.condition_images) or None,
     )
 
 
@@ -163,14 +164,15 @@ class BatchStream:
             world_size=world.size,
             crop=random_views(config),
             shuffle_window_shards=config.data.shuffle_window_shards,
+            replacement=config.data.replacement,
             pin_memory=world.device.type == "cuda",
         )
         try:
             self._read_from(stores, state)
         except ValueError as error:
             raise TrainError(
-                f"the checkpoint's place in the data does not fit: {error}; store, seed, where and "
-                "samples must stay the same, or start again in another --out"
+                f"the checkpoint's place in the data does not fit: {error}; store, seed, where, "
+                "data.replacement and samples must stay the same, or start again in another --out"
             ) from error
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_AHEAD)
         self._last: Batch | None = None

@@ -23,17 +23,22 @@ def weights_dtype(precision: Precision) -> torch.dtype:
 
 
 @contextmanager
-def matmul_precision(*, tf32: bool) -> Iterator[None]:
-    """Within this block float32 matrix products and convolutions may round their inputs to TensorFloat-32 (10 bits of
-    mantissa), or not; settings of the process, restored at the end."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def kernel_settings(*, tf32: bool, cudnn_autotune: bool = False) -> Iterator[None]:
+    """Settings of the process within this block, restored at the end.
+
+    Args:
+        tf32: float32 matrix products and convolutions may round their inputs to TensorFloat-32 (10 bits of mantissa).
+        cudnn_autotune: cuDNN measures which of its convolutions is the fastest for each shape.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    cudnn.allow_tf32, cudnn.benchmark = tf32, cudnn_autotune or cudnn.benchmark
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]
 
 
 @dataclass(slots=True)

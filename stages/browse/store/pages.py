@@ -28,7 +28,7 @@ from stages.browse.store.view import StoreView, position_of
 from stages.browse.web import error_line, part, render
 from stages.store_tools.lineage import stored_row
 
-_WAIT_S = 0.7
+_WAIT_S = 0.5
 """So long a first page waits for all shards to be read, before it shows the samples that are."""
 _MOST_OPTIONS = 100
 _FOR_EVER = "private, max-age=31536000, immutable"

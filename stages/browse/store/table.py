@@ -277,5 +277,6 @@ def _array(values: np.ndarray) -> pa.Array:
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A kept column in the type of its field; what is not finite is no value."""
     if pa.types.is_floating(column.type):
-        return pc.if_else(pc.is_finite(column), column, pa.nulls(1, column.type)[0])  # pa.scalar imports pandas
+        is_finite, missing = pc.call_function("is_finite", [column]), pa.nulls(1, column.type)[0]
+        return pc.call_function("if_else", [is_finite, column, missing])
     return pc.cast(column, pa.string()) if pa.types.is_boolean(column.type) else column

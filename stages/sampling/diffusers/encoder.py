@@ -81,7 +81,8 @@ def _copy(config: T5EncoderConfig, folder: Path) -> dict[str, tuple[str, str]]:
     from stages.encoders.loading import load_weights
 
     with config.located() as files:
-        weights: Any = load_weights(AutoModelForTextEncoding, files, getattr(torch, config.compute_dtype), "cpu")
+        dtype, cpu = getattr(torch, config.compute_dtype), torch.device("cpu")
+        weights: Any = load_weights(AutoModelForTextEncoding, files, dtype, cpu)
         weights.save_pretrained(folder / "text_encoder")
         tokenizer = load_tokenizer(files)
         tokenizer.save_pretrained(folder / "tokenizer")

@@ -68,6 +68,14 @@ def test_c_noise_is_finite_and_monotonic(schedule):
     assert bool((steps > 0).all()) or bool((steps < 0).all())
 
 
+def test_rescaled_steps_are_as_if_of_1000():
+    schedule = Discrete(num_steps=4000, rescale_steps=True)
+    expected = torch.arange(4000, dtype=torch.float64) / 4
+    torch.testing.assert_close(schedule.c_noise(schedule.sigmas()), expected)
+    torch.testing.assert_close(schedule.sigmas(), Discrete(num_steps=4000).sigmas())
+    assert "rescale_steps" not in Discrete().model_dump(), "records of earlier versions agree"
+
+
 def test_c_noise_of_each_schedule():
     sigma = exact(0.3, 2.0)
     torch.testing.assert_close(LogSnrLinear().c_noise(sigma), -2 * sigma.log())

@@ -3,6 +3,7 @@
 import errno
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -41,6 +42,13 @@ def http_error(status: int) -> Exception:
     return error
 
 
+def hub_error(status: int) -> Exception:
+    """What the driver of the Hugging Face hub raises."""
+    error = OSError(f"{status} Client Error")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    return error
+
+
 def caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
@@ -69,6 +77,9 @@ MEANINGS: list[tuple[Callable[[], Exception], str]] = [
     (lambda: http_error(410), "missing"),
     (lambda: http_error(403), "refused"),
     (lambda: http_error(502), "passing"),
+    (lambda: hub_error(404), "missing"),
+    (lambda: hub_error(401), "refused"),
+    (lambda: hub_error(503), "passing"),
     (lambda: caused(FileNotFoundError("u"), aiohttp.ClientConnectionError("no route")), "passing"),
     (lambda: caused(aiohttp.ClientPayloadError("half"), ContentLengthError("400 of 800 bytes")), "passing"),
     (lambda: caused(http_error(400), BadStatusLine("no HTTP")), "passing"),

@@ -61,7 +61,7 @@ def rewrite_manifest(
         for entry in shard["files"].values():
             entry.update(file_entry(root, entry["path"], entry["rows"]))
     change(raw["shards"])
-    kept = {name: raw[name] for name in ("writer", "input_rows", "groups")}
+    kept = {name: raw[name] for name in ("writer", "input_rows", "groups") if name in raw}
     st.write_manifest(root / "manifest.json", kept | header, raw["shards"])
 
 

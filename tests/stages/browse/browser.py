@@ -125,8 +125,13 @@ def tab_to(page: "Page", wanted: str, most: int = 120) -> None:
 
 
 def pixels_shown(page: "Page", selector: str) -> Sequence[int]:
-    """Width and height of each image that has loaded, 0 and 0 of one that has not, one after the other."""
+    """Width and height of each image once it has loaded, 0 and 0 of one that cannot, one after the other."""
     return page.evaluate(
-        "(selector) => [...document.querySelectorAll(selector)].flatMap((i) => [i.naturalWidth, i.naturalHeight])",
+        """async (selector) => {
+            const images = [...document.querySelectorAll(selector)];
+            for (const image of images) image.loading = "eager";
+            await Promise.all(images.map((image) => image.decode().catch(() => null)));
+            return images.flatMap((image) => [image.naturalWidth, image.naturalHeight]);
+        }""",
         selector,
     )

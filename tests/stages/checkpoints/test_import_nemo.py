@@ -163,6 +163,34 @@ def test_every_kind_of_file_is_the_same_model(
     assert all(values.equal(states[1][1][name]) for name, values in states[0][1].items())
 
 
+@pytest.mark.parametrize(
+    "folders", [("mp_rank_00", "mp_rank_01"), ("tp_rank_00_pp_rank_000", "tp_rank_00_pp_rank_001")]
+)
+def test_a_nemo_with_a_copy_of_each_device_is_its_model_if_they_are_equal(
+    folders: tuple[str, str], base: Path, tmp_path: Path
+) -> None:
+    def write(second: dict[str, torch.Tensor]) -> Path:
+        path = write_nemo(tmp_path / "split.nemo", BASE, STATES["base"], name=f"./{folders[0]}/model_weights.ckpt")
+        content = saved(second)
+        with tarfile.open(path, "a") as tar:
+            info = tarfile.TarInfo(f"./{folders[1]}/model_weights.ckpt")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        return path
+
+    for run, file in (("one", base), ("split", write(STATES["base"]))):
+        result = imported(tmp_path / run, file)
+        assert result.code == 0, result.err
+    expected, found = (load_checkpoint(tmp_path / run / "unet-0").denoiser.state_dict() for run in ("one", "split"))
+    assert all(values.equal(found[name]) for name, values in expected.items())
+    name = "model.model.unet.cond"
+    other = STATES["base"] | {name: torch.zeros(1)}
+    result = imported(tmp_path / "other", write(other))
+    assert result.code == 2
+    assert f"{name} is not the same in {folders[0]}/model_weights.ckpt and {folders[1]}/" in result.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_ddpm_draws_down_to_the_lowest_level_and_to_0(tmp_path: Path) -> None:
     ddpm = {"preconditioning_type": "DDPM", "preconditioning": {"timesteps": 1000, "noise_schedule": "linear"}}
     assert imported(tmp_path / "run", write_nemo(tmp_path / "base.nemo", BASE | ddpm, STATES["base"])).code == 0
@@ -232,6 +260,8 @@ def test_what_cannot_be_imported_exactly_is_refused(base: Path, tmp_path: Path) 
     refused("has no unet in it", nemo({"target": "nemo.collections.asr"}))
     refused("give a .nemo or .ckpt", tmp_path)
     refused("there is no such file", tmp_path / "none.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    refused("a folder is not read, and NeMo's Imagen saves none", tmp_path / "folder.ckpt")
     (tmp_path / "bad.nemo").write_bytes(b"no tar")
     refused("cannot be read as a .nemo", tmp_path / "bad.nemo")
     lone = tmp_path / "lone.ckpt"

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import ConfigError
-from stages.sampling.config import InpaintConfig
-from stages.sampling.inputs import read_centres, read_inpaint
+from stages.sampling.config import InitConfig, InpaintConfig
+from stages.sampling.inputs import check_init, read_centres, read_inpaint
+from tests.imagen_core.test_cascade import stage
 
 
 def half_clear(path: Path) -> str:
@@ -41,3 +42,11 @@ def test_an_unusable_image_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ConfigError, match=r"a\.png: cannot be read as an image"):
         read_centres([str(tmp_path / "a.png")], (8, 8))
+
+
+def test_a_sampler_that_adds_noise_cannot_encode_images() -> None:
+    init = InitConfig(images=("a.png",), encode=True)
+    check_init(init, stage(8))
+    check_init(InitConfig(images=("a.png",)), stage(8, sampler={"kind": "ancestral"}))
+    with pytest.raises(ConfigError, match=r"^init\.encode: .*adds noise, so it cannot encode; use ddim with eta=0"):
+        check_init(init, stage(8, sampler={"kind": "ancestral"}))

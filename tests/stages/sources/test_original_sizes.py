@@ -46,6 +46,17 @@ def test_a_plan_of_a_list_counts_buckets_by_its_columns(tmp_path: Path, names: t
     )
 
 
+def test_a_plan_says_which_part_of_a_list_passes_the_filters_by_size(tmp_path: Path) -> None:
+    pq.write_table(table(("width", "height")), tmp_path / "urls.parquet")
+    source = ("source.kind=urls", f"source.path={tmp_path / 'urls.parquet'}", "images.sizes_px=[32,300]")
+    filters = "filters=[{kind: max_pixels, max: 300000}, {kind: max_side, max: 700}]"
+    sizes = plan(tmp_path / "run", *source, filters)["outlook"]["sizes"]
+    assert sizes["kept"] == 0.25
+    assert sizes["rejected"] == {"too_many_pixels": 0.5, "side_too_long": 0.25}
+    assert sizes["text"].startswith("25.0% of the images pass the filters by size, too_many_pixels 50.0%, side_too_l")
+    assert sizes["text"].endswith("(the columns of width and height of 4 rows)")
+
+
 def test_a_plan_of_a_text_list_counts_its_columns_too(tmp_path: Path) -> None:
     lines = [
         "url,caption,width,height",

@@ -21,6 +21,8 @@ from imagen_core.models import Conditioning
 from imagen_core.models.presets.unets import PRESETS
 from tests.diffusers_layout import NOISING, SCHEDULERS, SIZES, TEXT_DIM, UNETS
 
+RESCALED = {"kind": "discrete", "rescale_steps": True}
+
 
 def configs() -> dict[int, DenoiserConfig]:
     return {
@@ -162,11 +164,13 @@ def test_a_session_that_no_scheduler_has_is_refused_by_name(change: dict[str, An
     ("number", "change", "words"),
     [
         (1, {"diffusion": {"schedule": {"kind": "log_snr_cosine"}, "objective": "eps"}}, "schedule is not discrete"),
+        (1, {"diffusion": {"schedule": RESCALED, "objective": "eps"}}, "diffusion.schedule.rescale_steps is true"),
+        (2, {"low_res_noise": {"kind": "uniform", "schedule": RESCALED}}, "low_res_noise.schedule.rescale_steps is"),
         (2, {"low_res_upsampling": "bicubic"}, "low_res_upsampling is 'bicubic'"),
         (2, {"low_res_noise": {"kind": "lognormal"}}, "low_res_noise is not uniform with a discrete schedule"),
         (1, {"unet": PRESETS["adm_64"].config.model_dump(), "size_px": 64}, "unet.pooling is 'attention'"),
     ],
-    ids=["schedule", "upsampling", "noise", "network"],
+    ids=["schedule", "steps", "steps of the noise", "upsampling", "noise", "network"],
 )
 def test_why_no_pipeline_has_a_stage_is_said(number: int, change: dict[str, Any], words: str) -> None:
     config = configs()[number]

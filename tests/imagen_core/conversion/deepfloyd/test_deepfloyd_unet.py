@@ -274,6 +274,8 @@ def test_weights_of_another_network_are_refused_by_name() -> None:
         ({"shared_norm": False}, "shared_norm is False, not True"),
         ({"resblock_updown": False}, "resblock_updown is False"),
         ({"num_heads": 8}, "num_heads is 8, not None"),
+        ({"up_num_heads": 2}, "up_num_heads is 2, not None"),
+        ({"middle_num_heads": 2}, "middle_num_heads is 2, not None"),
         ({"num_classes": 10}, "num_classes is 10, not None"),
         ({"padded_tokens": None}, "padded_tokens is null"),
         ({"low_res_noise": False}, "low_res_noise is false, though it upsamples"),

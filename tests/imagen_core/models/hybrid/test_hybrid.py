@@ -190,6 +190,24 @@ def test_depth_and_linear_attention_are_set_by_level() -> None:
     assert conditions == [False, True, True, False]
 
 
+def test_heads_are_of_all_levels_or_of_each_and_the_middle_has_the_last_ones() -> None:
+    model: Any = unet(
+        attention_levels=(True, True), cross_attention_levels=(True, True), num_heads=(2, 3), head_dim=(16, 24)
+    )
+    levels = [*model.down, *model.up]
+    pixels = [level.transformer.layers[0].attention for level in levels]
+    conditions = [level.first.layer.text_attention.attention for level in levels]
+    middle = [model.middle[1].layers[0].attention, model.middle[0].layer.text_attention.attention]
+    for attentions in (pixels, conditions):
+        assert [(a.num_heads, a.head_dim) for a in attentions] == [(2, 16), (3, 24), (3, 24), (2, 16)]
+    assert [(a.num_heads, a.head_dim) for a in middle] == [(3, 24)] * 2
+    assert model(*inputs(model)).isfinite().all()
+    with pytest.raises(ValidationError, match="num_heads has 3 entries for 2 levels"):
+        unet(num_heads=(2, 3, 4))
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        unet(head_dim=(2, 0))
+
+
 @pytest.mark.parametrize(
     ("downsample", "kernels_and_strides"),
     [("pixel_unshuffle", [(1, 1)]), ("conv", [(4, 2)]), ("cross_embed", [(2, 2), (4, 2)])],

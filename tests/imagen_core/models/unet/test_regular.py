@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from imagen_core.models.layers.attention import Attention
 from imagen_core.models.layers.resblock import RepeatConv, ResBlock
 from imagen_core.models.presets.unets import PRESETS
 from imagen_core.models.unet.block import Block, Level, of_type
 from imagen_core.models.unet.regular import RegularUNet
 from tests.imagen_core.models.count import build_on_meta
-from tests.imagen_core.models.small import NO_EFFECT, blocks_of, inputs, random_weights, regular
+from tests.imagen_core.models.small import NO_EFFECT, blocks_of, calls_of, inputs, random_weights, regular
 
 # time, low-res time, pooling, tokens, pooled text to time, down with the first convolution, middle, up, end
 SPLITS = {
@@ -153,10 +155,44 @@ def test_queries_and_keys_share_a_norm_where_configured():
     assert all(".norm_keys." in name for name in names)
 
 
+def test_heads_differ_by_part_where_configured():
+    def heads(**options: object) -> list[list[int]]:
+        unet = regular(**options).build()
+        parts = (unet.down, unet.middle, unet.up)
+        return [[m.num_heads for m in part.modules() if isinstance(m, Attention)] for part in parts]
+
+    assert heads() == [[4], [4], [4, 4]]
+    assert heads(up_num_heads=2, middle_num_heads=8) == [[4], [8], [2, 2]]
+    assert heads(num_heads=1, up_num_heads=16) == [[1], [1], [16, 16]]
+    for option in ("up_num_heads", "middle_num_heads"):
+        with pytest.raises(ValidationError, match="num_heads 5 does not divide the 64 channels"):
+            regular(**{option: 5})
+
+
+@pytest.mark.parametrize("part", ["down", "middle", "up"])
+def test_blocks_are_computed_again_in_the_configured_parts_only(part: str):
+    config = regular(activation_checkpointing=True, checkpointed_parts=(part,))
+    unet = random_weights(config.build())
+    named = {name: module for name, module in unet.named_modules() if isinstance(module, Block)}
+    _, backward = calls_of(list(named.values()), unet, *inputs(config))
+    assert dict(zip(named, backward, strict=True)) == {name: int(name.startswith(part)) for name in named}
+
+
+def test_channels_of_a_level_may_be_a_fraction_of_the_width():
+    """ADM's 512 px models: half the width at the first level, and sinusoids of the full width."""
+    config = regular(embed_dim=64, channel_mult=(0.5, 1, 1.5))
+    assert config.widths == [32, 64, 96]
+    unet = config.build()
+    assert (unet.conv_in.out_channels, unet.norm_out.num_channels) == (32, 32)
+    assert unet.inputs.time.embedding.out_dim == 64
+    assert regular().model_dump_json() == regular(channel_mult=[1, 2]).model_dump_json()
+    assert '"channel_mult":[1,2]' in regular().model_dump_json(), "as in records of earlier versions"
+
+
 def test_options_at_their_defaults_leave_no_trace_in_a_record():
     """So that checkpoints of earlier versions are of the same model."""
     later = {"shared_norm", "pooling_heads", "activation", "time_embed_dim", "time_activations"}
-    later |= {"block_divisor", "middle_divisor"}
+    later |= {"block_divisor", "middle_divisor", "up_num_heads", "middle_num_heads", "checkpointed_parts"}
     assert later <= set(type(regular()).model_fields)
     assert not later & regular().model_dump().keys()
     assert regular(activation="gelu").model_dump()["activation"] == "gelu"

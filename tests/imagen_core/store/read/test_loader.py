@@ -237,6 +237,7 @@ def test_a_loop_left_early_continues_there(make: Make) -> None:
         ({"seed": 5}, "seed 5, this loader has 0"),
         ({"shuffle": False}, "shuffle False"),
         ({"shuffle_window_shards": 2}, "shuffle_window_shards 2, this loader has 0"),
+        ({"replacement": True}, "replacement True, this loader has 0"),
     ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, Any], message: str) -> None:

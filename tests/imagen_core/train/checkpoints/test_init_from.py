@@ -1,13 +1,21 @@
 """A training that starts with the weights of another."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from imagen_core.diffusion import Denoiser, DenoiserConfig
+from imagen_core.models import Conditioning
 from imagen_core.train import TrainError, train
-from tests.imagen_core.train.small import BASE, BASE_UNET, SUPER, files, make_config, tensors
+from imagen_core.train.checkpoints.init_from import initialize_from
+from tests.imagen_core.models.small import random_weights
+from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, files, make_config, tensors
 
 FROZEN = {"lr": 1e-30, "weight_decay": 0.0, "warmup_steps": 0}
 
@@ -74,3 +82,74 @@ def test_a_resumed_run_does_not_load_initial_weights_again(source: Path, store: 
     train(make_config(store, num_steps=2, init_from={"path": str(source)}), tmp_path / "b")
     resumed = train(make_config(store, num_steps=4, init_from={"path": str(tmp_path / "gone")}), tmp_path / "b")
     assert files(resumed["checkpoint"]) == files(straight["checkpoint"])
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "inputs", "more_inputs"),
+    [
+        (nn.Linear(3, 2), nn.Linear(5, 4), (4, 3), (4, 2)),
+        (nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(4, 5, 7, padding=3), (1, 3, 6, 6), (1, 1, 6, 6)),
+        (nn.ConvTranspose2d(3, 2, 4, 2, 1), nn.ConvTranspose2d(6, 5, 4, 2, 1), (1, 3, 6, 6), (1, 3, 6, 6)),
+    ],
+    ids=["linear", "convolution", "transposed convolution"],
+)
+def test_the_first_outputs_of_a_grown_layer_are_those_of_the_smaller_one_whatever_the_new_inputs(
+    small: nn.Module, large: nn.Module, inputs: tuple[int, ...], more_inputs: tuple[int, ...]
+) -> None:
+    fresh = {name: values.clone() for name, values in large.state_dict().items()}
+    found = grown(small, large)
+    assert set(found.grown) == {"weight", "bias"}
+    x, more = torch.randn(inputs), torch.randn(more_inputs)
+    expected, result = small(x), large(torch.cat([x, more], dim=1))
+    torch.testing.assert_close(result[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-6)
+    assert large.bias[expected.shape[1] :].equal(fresh["bias"][expected.shape[1] :])  # type: ignore[index]
+    axis = int(isinstance(large, nn.ConvTranspose2d))
+    new = [t.transpose(0, axis)[expected.shape[1] :] for t in (large.weight, fresh["weight"])]  # type: ignore[operator]
+    assert new[0].equal(new[1])
+
+
+def grown(small: nn.Module, large: nn.Module, mismatch: str = "grow") -> Any:
+    """Initialises the large model with the weights of the small one."""
+    loaded = SimpleNamespace(denoiser=small, step=1, weights="model", place="here", sha256="")
+    settings: Any = SimpleNamespace(init_from=SimpleNamespace(path="there", weights=None, mismatch=mismatch))
+    return initialize_from(large, settings, lambda path, weights: loaded)  # type: ignore[arg-type, return-value]
+
+
+def test_a_model_with_more_inputs_outputs_classes_and_larger_kernels_computes_what_the_smaller_one_did() -> None:
+    def model(**changes: object) -> Denoiser:
+        unet = BASE_UNET | {"num_classes": 3} | changes
+        return random_weights(Denoiser(DenoiserConfig.model_validate(BASE | {"unet": unet})).double()).eval()
+
+    small = model()
+    large = model(num_classes=5, init_kernel_size=7, self_conditioning=True, condition_channels=2, out_channels=6)
+    report = grown(small, large)
+    assert not report.left_random
+    assert {"net.conv_in.weight", "net.conv_out.weight", "net.conv_out.bias"} < set(report.grown)
+    text, images = torch.randn(2, 4, DIM).double(), torch.randn(2, 8, 16, 16).double()
+    condition = Conditioning(text=text, labels=torch.tensor([2, 0]))
+    expected = small.net(images[:, :3], torch.zeros(2).double(), condition)
+    more = replace(condition, images=images[:, 3:5], estimate=images[:, 5:])
+    torch.testing.assert_close(large.net(images[:, :3], torch.zeros(2).double(), more)[:, :3], expected)
+
+
+def test_kernels_without_a_common_middle_and_larger_tensors_are_left_random() -> None:
+    small, large = nn.Conv2d(4, 2, 4), nn.Conv2d(3, 2, 5)
+    assert grown(small, large).left_random == ("weight",)
+    with pytest.raises(TrainError, match=r"init_from\.mismatch=skip to leave them random, grow to take smaller"):
+        grown(small, large, "error")
+    with pytest.raises(TrainError, match=r"2 tensors do not fit .*; check the path"):
+        grown(nn.Conv2d(4, 2, 5), nn.Linear(2, 3, bias=False))
+
+
+def test_a_wider_model_grows_from_a_training_and_trains(source: Path, store: Path, tmp_path: Path) -> None:
+    wide = BASE | {"unet": BASE_UNET | {"embed_dim": 64}}
+    init = {"path": str(source), "mismatch": "grow"}
+    started = tensors(
+        train(make_config(store, num_steps=1, optimizer=FROZEN, denoiser=wide, init_from=init), tmp_path)["checkpoint"]
+    )
+    report = json.loads((tmp_path / "start.json").read_text())
+    assert not report["left_random"]
+    assert report["loaded"] == len([name for name in started if name.startswith("model/")])
+    expected = tensors(sorted((source / "checkpoints").iterdir())[-1])["ema-0.9/net.conv_in.weight"]
+    assert started["model/net.conv_in.weight"].shape == (64, 3, 3, 3)
+    torch.testing.assert_close(started["model/net.conv_in.weight"][:32], expected, rtol=1e-12, atol=1e-20)

@@ -336,7 +336,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(store: Path) -> None:
         ({"batch_sise": 4}, "batch_sise"),
         (
             {"denoiser": BASE | {"unet": BASE_UNET | {"condition_channels": 3}}},
-            "condition_channels is 3, but no store holds images to condition on",
+            "condition_channels is 3, but condition_images are {}; set it to the sum",
         ),
     ],
 )

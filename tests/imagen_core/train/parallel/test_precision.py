@@ -82,6 +82,21 @@ def test_what_no_scale_can_help_is_an_error(store: Path, tmp_path: Path, monkeyp
         train(make_config(store, batch_size=2, num_steps=1, precision="float16"), tmp_path)
 
 
+def test_cudnn_measures_its_convolutions_in_the_training_only(store: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def stop_requested() -> bool:
+        seen.append(torch.backends.cudnn.benchmark)
+        return False
+
+    before = torch.backends.cudnn.benchmark
+    for autotune in (True, False):
+        config = make_config(store, num_steps=1, compute={"cudnn_autotune": autotune})
+        train(config, tmp_path / str(autotune), should_stop=stop_requested)
+        assert torch.backends.cudnn.benchmark == before
+    assert seen == [True, before]
+
+
 def test_tf32_is_for_the_training_only(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

@@ -24,11 +24,13 @@ ONE: dict[str, dict[str, Any]] = {
     "super": {"num_steps": 2, "denoiser": SUPER, "views": {"crop_px": 16, "horizontal_flip": True}},
     "uneven": {"num_steps": 6, "validation": {"num_samples": 7, "every_steps": 3}},
     "split": {"num_steps": 13},
+    "offloaded": {"num_steps": 3, "optimizer": {"lr": 1e-3, "on_cpu": True}},
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "base": ONE["base"],
     "super": {**ONE["super"], "micro_batch_size": 3},
     "uneven": {**ONE["uneven"], "micro_batch_size": 1},
+    "offloaded": ONE["offloaded"],
 }
 
 

@@ -56,9 +56,9 @@ def inputs(
     x = torch.randn(batch, 3, height, width, generator=generator)
     given: dict[str, Any] = {}
     keep = torch.arange(batch) % 2 == 0
-    if unet.text_shape is not None:
+    for text_shape in unet.text_shapes:
         lengths = torch.arange(batch)[:, None] % tokens
-        given["text"] = torch.randn(batch, tokens, *unet.text_shape, generator=generator)
+        given["text"] = torch.randn(batch, tokens, *text_shape, generator=generator)
         given |= {"text_mask": torch.arange(tokens)[None] <= lengths, "text_keep": keep}
     if unet.num_classes is not None:
         given |= {"labels": torch.arange(batch) % (unet.num_classes + 1) - 1, "labels_keep": keep}

@@ -1,0 +1,1 @@
+"""Stores, exports and trained models on the Hugging Face hub."""
