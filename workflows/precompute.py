@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress
+from shlex import quote
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -261,7 +262,7 @@ class Precompute(ShardedWorkflow):
             *(_retry_hint(summary) or _retry_step(summary, run)),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
-            ("browse", f"pipeline browse {run.url}"),
+            ("browse", f"pipeline browse {quote(run.url)}"),
             (
                 "train",
                 f"pipeline run train -c CONFIG --out NEW store={run.store_url}  (pipeline config ls lists CONFIG)",
@@ -327,4 +328,4 @@ def _retry_step(summary: Mapping[str, Any], run: RunFolder) -> list[tuple[str, s
         return []
     reasons = ",".join(drops) if len(drops) <= _MOST_REASONS else "all"
     rows = f"{sum(drops.values()):,} row" + ("" if sum(drops.values()) == 1 else "s")
-    return [("dropped", f"{rows}; pipeline run precompute --out {run.url} --retry-dropped {reasons}")]
+    return [("dropped", f"{rows}; pipeline run precompute --out {quote(run.url)} --retry-dropped {reasons}")]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.engine.lines import StageLine, duration, stage_lines
+from pipeline.engine.lines import StageLine, duration, fitting, stage_lines
 from pipeline.engine.status import run_status
 from pipeline.engine.watch import RunView, RunWatch
 from pipeline.errors import PipelineError, first_line
@@ -51,20 +51,10 @@ def view_lines(view: RunView, metrics: object, width: int) -> list[str]:
         head.append(f"ETA {duration(view.eta_s)}")
     if view.num_failed_tries:
         head.append(f"{view.num_failed_tries:,} failed tries")
-    lines = [_fitting(head, width), *stage_lines(stages, width)]
+    lines = [fitting(head, width), *stage_lines(stages, width)]
     if isinstance(metrics, dict):
-        lines.append(_fitting([f"{name} {_short(value)}" for name, value in metrics.items()], width))
+        lines.append(fitting([f"{name} {_short(value)}" for name, value in metrics.items()], width))
     return lines
-
-
-def _fitting(parts: list[str], width: int) -> str:
-    """As many of the parts as fit, whole."""
-    line = parts[0]
-    for part in parts[1:]:
-        if len(line) + 2 + len(part) > width:
-            break
-        line += f"  {part}"
-    return line
 
 
 def _short(value: object) -> str:

@@ -48,6 +48,16 @@ def stage_lines(stages: Sequence[StageLine], width: int) -> list[str]:
     return [line.rstrip() for line in _aligned(names, [counts])]
 
 
+def fitting(parts: Sequence[str], width: int) -> str:
+    """As many of the parts as fit a line of `width` characters, whole, with two spaces between; at least one."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + len(_GAP) + len(part) > width:
+            break
+        line += _GAP + part
+    return line
+
+
 def duration(seconds: float) -> str:
     """`4:05` (minutes and seconds), `1:02:03`, or `3 d 4 h`."""
     whole = round(seconds)

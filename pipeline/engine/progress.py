@@ -1,12 +1,13 @@
 """Shows the progress of a run: a line per stage on a terminal, one plain line every 10 s elsewhere."""
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.engine.lines import StageLine, duration, stage_lines
+from pipeline.engine.lines import StageLine, duration, fitting, stage_lines
 from pipeline.executors.task import TaskOutcome
 from pipeline.stage import Shard, Stage
 from pipeline.storage.record import Record
@@ -50,6 +51,9 @@ class Lines:
         if self.quiet:
             return
         if sys.stderr.isatty():
+            first, *others = text.split("  ")
+            width = shutil.get_terminal_size().columns - 1  # a line that is wrapped would stay
+            line = fitting([f"[{now - self.started:5.0f} s] {first}", *others], width)
             print(f"\r\x1b[K{line}", end="\n" if final else "", file=sys.stderr, flush=True)
         elif final or now >= self._next_line:
             self._next_line = now + _PLAIN_INTERVAL_S

@@ -113,7 +113,7 @@ class RunView:
     """A run at a moment.
 
     Attributes:
-        state: `running`, `interrupted`, or how the latest run ended: `finished`, `failed`, `stopped: ...`; where nothing
+        state: `running`, `interrupted`, or how the latest run ended: `finished`, `failed`, `stopped: ...`; where none
             runs and the events are not all read yet, `reading its events`.
         is_behind: there are more events than this look has read.
         total_shards: an estimate of the run; None if there is none.

@@ -87,8 +87,9 @@ def describe(progress: TrainingProgress) -> str:
     """One line for people."""
     return (
         f"step {progress.step:,}/{progress.num_steps:,}  loss {progress.loss:.4f}  "
-        f"{progress.images_per_s:,.1f} img/s  waiting for data {progress.loader_wait:.1%}"
+        f"{progress.images_per_s:,.1f} img/s"
         + (f"  {human_seconds(progress.remaining_s)} left" if progress.remaining_s else "")
+        + f"  waiting for data {progress.loader_wait:.1%}"
     )
 
 

@@ -253,5 +253,9 @@ def test_a_changed_download_setting_tells_which_option_tries_earlier_drops_again
         assert "source.download.max_bytes: 200 -> 100000" in again.out
         assert "finished shards keep their drops (too_large 1); --retry-dropped too_large tries them" in again.out
         unchanged = call(*command, "source.download.max_bytes=100000")
-        assert "--retry-dropped" not in unchanged.out
+        assert "finished shards keep their drops" not in unchanged.out
+        assert (
+            f"dropped 1 row; pipeline run precompute --out {tmp_path / 'run'} --retry-dropped too_large"
+            in unchanged.out
+        )
         assert "finished: 2 of 2" in call(*command, "--retry-dropped", "too_large").out

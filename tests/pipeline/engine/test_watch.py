@@ -226,9 +226,7 @@ def test_the_events_of_a_run_say_which_stage_found_each_drop(small_run: Path) ->
     assert without_events.drops == view.drops
 
 
-def test_many_events_are_read_over_several_looks_each_once(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_events_are_read_over_several_looks_each_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     write_event(run, "run_started", 100.0, shards=3)
     for shard in range(3):
         resized(run, shard, 101.0 + shard)
