@@ -44,7 +44,7 @@ def first_drops(run: RunFolder, limit: int) -> list[dict[str, Any]]:
         if len(drops) >= limit:
             break
     drops = drops[:limit]
-    with suppress(ConfigError, StaleOutputError):  # the source is gone or has changed: the keys still say which rows
+    with suppress(ConfigError, StaleOutputError, FileNotFoundError):  # gone or changed: the keys still say which rows
         add_source_rows(run, drops)
     return drops
 
