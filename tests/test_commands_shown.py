@@ -38,10 +38,12 @@ ELSEWHERE = {
     "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
 }
-WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "text=[t5, clip]", "--to mds", "--to diffusers")
-"""Commands that need published weights, a training of hours, scores, other stores, two encoders, stages that fit, or
-an optional package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py, test_mixture.py and
-test_text_encoders.py, tests/imagen_core/train/data, tests/stages/exports and tests/stages/sampling/diffusers."""
+WEIGHTS = ("-c coco-30k", "demo-words", "where=aesthetic", "A/store", "text=[t5, clip]", "--to mds")
+WEIGHTS += ("--to diffusers", "condition_images={")
+"""Commands that need published weights, a training of hours, scores, other stores, two encoders, stages that fit,
+arrays of images, or an optional package; their tests are in tests/stages/evaluation, tests/workflows/test_writing.py,
+test_mixture.py and test_text_encoders.py, tests/imagen_core/train/data, tests/stages/exports and
+tests/stages/sampling/diffusers."""
 RUN_HERE = (
     "train.md",
     "sample.md",

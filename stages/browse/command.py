@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, MachineError
 from stages.browse.places import find_places
 
 _PACKAGES = ("starlette", "uvicorn", "duckdb")
-_INSTALL = "pip install 'imagen-precompute[browse]'"
+_INSTALL = "pip install '.[browse]' in the checkout, or pip install starlette uvicorn duckdb"
 
 
 def browse_command(
@@ -68,7 +68,7 @@ def _check_packages() -> None:
 
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise MachineError(f"browse: {', '.join(missing)} is not installed; run `{_INSTALL}`")
+        raise MachineError(f"browse: {', '.join(missing)} is not installed; {_INSTALL}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

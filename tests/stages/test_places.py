@@ -45,7 +45,15 @@ TAKES = {
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
     *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
-    *("image_encoders.null", "duplicates.exclude", "stores.path", "lora.base", "condition_images", "push.path"),
+    *(
+        "image_encoders.null",
+        "duplicates.exclude",
+        "stores.path",
+        "lora.base",
+        "condition_images",
+        "push.path",
+        "report.path",
+    ),
 }
 """Keys and options whose value may be a URL. What is here has a test with one, here or in test_object_store.py and
 test_folder_url.py."""
@@ -70,7 +78,7 @@ OTHER = {
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
     *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
-    *("targets", "negative_prompt", "architecture", "text_layers", "flags", "repo", "license"),
+    *("targets", "negative_prompt", "architecture", "text_layers", "flags", "repo", "license", "host"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 

@@ -45,7 +45,10 @@ def test_a_missing_package_says_what_to_install(small_run: Path, monkeypatch: py
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "duckdb" else object())
     result = call("browse", str(small_run), "--no-open")
     assert (result.code, result.out) == (4, "")
-    assert result.err == "error: browse: duckdb is not installed; run `pip install 'imagen-precompute[browse]'`\n"
+    assert result.err == (
+        "error: browse: duckdb is not installed; pip install '.[browse]' in the checkout, or pip install starlette "
+        "uvicorn duckdb\n"
+    )
 
 
 def test_a_port_that_is_taken_is_one_line(small_run: Path) -> None:
