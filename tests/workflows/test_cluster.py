@@ -15,7 +15,7 @@ from tests.runs import REPOSITORY, command, events, precompute, store_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-CONFIG = ["source.num_samples=240", "shard_size=24", "images.sizes_px=[32,64]"]
+CONFIG = ["source.num_samples=480", "shard_size=24", "images.sizes_px=[32,64]"]
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,9 @@ def sampled(work: Path, *overrides: str, prompts: Sequence[str] = PROMPTS) -> di
     text = session.embeddings.of(requests)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(imagen_core.cascade, "SeededNoise", SameNoise)
-        return session.generate(requests, text, None, strength=1.0, inpaint=None, on_step=lambda *_: None)
+        return session.generate(
+            requests, text, None, strength=1.0, encode_init=False, inpaint=None, on_step=lambda *_: None
+        )
 
 
 def of_diffusers(exported: Path) -> dict[int, Tensor]:
