@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,28 @@ def precompute(out: Path, *overrides: str, executor: str = "inline", restart: bo
     """Runs precompute in this process, which has the heavy modules loaded already; returns the summary."""
     workflow = Precompute(load_config(PrecomputeConfig, None, overrides))
     return workflow.run(out, RunOptions(executor, restart=restart, quiet=True))
+
+
+def precompute_interrupted(
+    stage: type[Any], allowed: Sequence[bool], out: Path, *overrides: str, patch: pytest.MonkeyPatch
+) -> None:
+    """Runs precompute until it ends, started again after each interruption.
+
+    Args:
+        stage: a call of its `process` raises KeyboardInterrupt where `allowed` is false; calls after those are allowed.
+    """
+    honest, left = stage.process, iter(allowed)
+
+    def process(self: Any, task: Any) -> None:
+        if not next(left, True):
+            raise KeyboardInterrupt
+        honest(self, task)
+
+    patch.setattr(stage, "process", process)
+    for _ in range(allowed.count(False)):
+        with pytest.raises(KeyboardInterrupt):
+            precompute(out, *overrides)
+    precompute(out, *overrides)
 
 
 def store_bytes(out: Path) -> dict[str, bytes]:

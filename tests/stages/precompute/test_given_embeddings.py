@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.commands import call
 from tests.images import plain_png
-from tests.runs import precompute, store_bytes
+from tests.runs import precompute, precompute_interrupted, store_bytes
 from workflows.precompute import PrecomputeConfig
 
 DIM = 8
@@ -118,18 +118,13 @@ def test_the_fingerprint_says_that_the_embeddings_were_given_and_by_which_model(
 
 def test_a_killed_run_goes_on_to_the_same_bytes(laion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precompute(tmp_path / "whole", *laion_source(laion))
-    honest, allowed = PrecomputedEmbeddingsStage.process, iter((True, True, False, True, True, True, False))
-
-    def process(stage: PrecomputedEmbeddingsStage, task: Any) -> None:
-        if not next(allowed, True):
-            raise KeyboardInterrupt
-        honest(stage, task)
-
-    monkeypatch.setattr(PrecomputedEmbeddingsStage, "process", process)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            precompute(tmp_path / "run", *laion_source(laion))
-    precompute(tmp_path / "run", *laion_source(laion))
+    precompute_interrupted(
+        PrecomputedEmbeddingsStage,
+        (True, True, False, True, True, True, False),
+        tmp_path / "run",
+        *laion_source(laion),
+        patch=monkeypatch,
+    )
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
 
 

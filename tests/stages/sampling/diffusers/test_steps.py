@@ -28,7 +28,7 @@ SAMPLERS: list[dict[str, Any]] = [
 
 
 def follow(table: list[dict[str, Any]], denoise: Any, noise: SeededNoise, share: Any) -> Tensor:
-    """Written anew from the description of the table."""
+    """An independent implementation, from the description of the table."""
     at: dict[str, Tensor] = {}
     said: dict[str, Tensor] = {}
     for entry in table:

@@ -23,7 +23,7 @@ from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.commands import call
 from tests.images import plain_png
 from tests.object_store import object_store
-from tests.runs import precompute, store_bytes
+from tests.runs import precompute, precompute_interrupted, store_bytes
 from workflows.precompute import PrecomputeConfig
 
 DIM = 8
@@ -298,18 +298,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     fill(root, write_flux())
     config = settings(root, "{kind: kohya, model: flux, array: t5_out}")
     precompute(tmp_path / "whole", *config)
-    honest, allowed = PrecomputedEmbeddingsStage.process, iter((True, False, True, False))
-
-    def process(stage: PrecomputedEmbeddingsStage, task: Any) -> None:
-        if not next(allowed, True):
-            raise KeyboardInterrupt
-        honest(stage, task)
-
-    monkeypatch.setattr(PrecomputedEmbeddingsStage, "process", process)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            precompute(tmp_path / "run", *config)
-    precompute(tmp_path / "run", *config)
+    precompute_interrupted(
+        PrecomputedEmbeddingsStage, (True, False, True, False), tmp_path / "run", *config, patch=monkeypatch
+    )
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
 
 

@@ -23,7 +23,7 @@ from stages.exports.mds import import_streaming
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.images import plain_png
 from tests.object_store import object_store
-from tests.runs import precompute, store_bytes
+from tests.runs import precompute, precompute_interrupted, store_bytes
 from tests.stages.exports.exporting import export, make_run, skip_without
 from tests.stages.sources.reading import outcomes
 from workflows.precompute import PrecomputeConfig
@@ -132,18 +132,9 @@ def test_latents_of_prx_are_in_the_store_bit_for_bit(prx: Path, tmp_path: Path) 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(prx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precompute(tmp_path / "whole", *settings(prx))
-    honest, allowed = PrecomputedEmbeddingsStage.process, iter((True, False, True, False))
-
-    def process(stage: PrecomputedEmbeddingsStage, task: Any) -> None:
-        if not next(allowed, True):
-            raise KeyboardInterrupt
-        honest(stage, task)
-
-    monkeypatch.setattr(PrecomputedEmbeddingsStage, "process", process)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            precompute(tmp_path / "run", *settings(prx))
-    precompute(tmp_path / "run", *settings(prx))
+    precompute_interrupted(
+        PrecomputedEmbeddingsStage, (True, False, True, False), tmp_path / "run", *settings(prx), patch=monkeypatch
+    )
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "whole")
 
 
