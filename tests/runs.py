@@ -47,7 +47,7 @@ def precompute_interrupted(
     """Runs precompute until it ends, started again after each interruption.
 
     Args:
-        stage: a call of its `process` raises KeyboardInterrupt where `allowed` is false; calls after those are allowed.
+        stage: a call of its `process` raises KeyboardInterrupt where `allowed` is false; later calls are allowed.
     """
     honest, left = stage.process, iter(allowed)
 
