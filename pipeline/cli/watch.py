@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.engine.lines import StageLine, duration, fitting, stage_lines
+from pipeline.engine.run_view import RunView
 from pipeline.engine.status import run_status
-from pipeline.engine.watch import RunView, RunWatch
+from pipeline.engine.watch import RunWatch
 from pipeline.errors import PipelineError, first_line
 from pipeline.units import human_seconds
 

@@ -14,7 +14,8 @@ from itertools import islice
 from typing import Any
 
 from pipeline.engine.retries import retried_rows
-from pipeline.engine.watch import DropsView, RunWatch
+from pipeline.engine.run_view import DropsView
+from pipeline.engine.watch import RunWatch
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.storage import LocalStorage
 from pipeline.storage.record import shard_name

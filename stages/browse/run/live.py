@@ -11,7 +11,8 @@ import numpy as np
 
 from imagen_core.store import MANIFEST_NAME
 from pipeline.engine.retries import REMOVED
-from pipeline.engine.watch import RunView, RunWatch
+from pipeline.engine.run_view import RunView
+from pipeline.engine.watch import RunWatch
 from pipeline.storage.run_folder import STORE, SUMMARY, RunFolder
 from stages.browse.line_chart import LineChart, Series, line_chart
 from stages.precompute.fetch import SAMPLES

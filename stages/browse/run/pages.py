@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.engine.watch import RunView, RunWatch
+from pipeline.engine.run_view import RunView
+from pipeline.engine.watch import RunWatch
 from stages.browse.places import Place
 from stages.browse.run.drops import PAGE_ROWS, Drops, DropsPage
 from stages.browse.run.live import AfterRun, all_retry_command, failed_shards, retry_command, throughput_chart

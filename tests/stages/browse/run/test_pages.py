@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine.watch import RunView, RunWatch
+from pipeline.engine.run_view import RunView
+from pipeline.engine.watch import RunWatch
 from pipeline.storage.lock import RunLock
 from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
