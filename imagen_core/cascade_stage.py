@@ -34,7 +34,8 @@ class SamplingConfig(Config):
     """Clipping of the estimated image at each step."""
     start: Start = default_field("sigma")
     """Standard deviation of the noise that sampling starts from: sigma, the first noise level; unit_variance,
-    sqrt(1 + sigma^2), which is standard normal in DDPM's scale (diffusers' DDPM, DDIM and solvers; DeepFloyd IF)."""
+    sqrt(1 + sigma^2), which is standard normal in DDPM's scale (diffusers' DDPM, DDIM and solvers; DeepFloyd IF); with
+    a flow schedule noise_scale + sigma, which is pure noise in its scale (diffusers)."""
     low_res_sigma: float | None = Field(default=None, ge=0)
     """Noise put on the low-resolution image; null: the level the stage's config names."""
 

@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion.low_res import LowResNoise, Upsampling
 from imagen_core.diffusion.precondition import Coefficients, Objective, coefficients
-from imagen_core.diffusion.schedules import Discrete, LogNormal, NoiseSchedule
+from imagen_core.diffusion.schedules import Discrete, Flow, LogNormal, NoiseSchedule
 from imagen_core.diffusion.variance import Variance, is_learned
 from imagen_core.models import AnyPriorNetworkConfig, UNetConfig
 
 LossKind = Literal["l1", "l2", "huber", "kl", "rescaled_kl"]
-WeightKind = Literal["none", "p2", "min_snr", "snr_plus_one", "edm"]
+LossSpace = Literal["output", "x0", "eps", "velocity"]
+WeightKind = Literal["none", "p2", "min_snr", "snr_plus_one", "edm", "sigmoid"]
 
 
 class DiffusionConfig(Config):
@@ -24,26 +25,33 @@ class DiffusionConfig(Config):
     schedule: NoiseSchedule = LogNormal()
     """Noise levels of training."""
     objective: Objective = "edm"
-    """What the network predicts."""
+    """What the network predicts; velocity, of a flow schedule, is what most flow matching models predict."""
     sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the images, for the edm objective."""
     variance: Variance = "fixed_small"
     """Variance of ancestral sampling's steps. The learned ones need a discrete schedule and a network with twice as
     many out_channels as in_channels."""
     loss: LossKind = "l2"
-    """Distance between the network's output and its target; or the variational bound in bits per dimension: kl,
+    """Distance between the network's prediction and its target; or the variational bound in bits per dimension: kl,
     the term of the sampled step; rescaled_kl, that term times the number of steps."""
+    loss_space: LossSpace = default_field("output")
+    """What is compared: the network's output; or the image, the noise or the velocity of a flow schedule that follow
+    from it (Li and He 2025, arXiv 2511.13720: objective x0, loss_space velocity)."""
+    velocity_min_t: float = default_field(0.0, ge=0, lt=1)
+    """loss_space=velocity divides the image's error by t; by this where t is lower (Li and He 2025: 0.05)."""
     vb_weight: float = Field(default=0.001, ge=0)
     """Weight of the variational bound, summed over all steps, in the loss of a learned variance. It teaches the
     variance only: the gradient stops at the mean."""
     weight: WeightKind = "none"
-    """Weight by noise level; none weights the network's output equally everywhere (for edm, the paper's weight)."""
+    """Weight by noise level; none weights what is compared equally everywhere (for edm, the paper's weight)."""
     p2_k: float = Field(default=1.0, gt=0)
     """k of the p2 weight."""
     p2_gamma: float = Field(default=0.5, ge=0, le=2)
     """gamma of the p2 weight; larger puts less weight on low noise. Above 2 training is known to fail."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """gamma of the min-SNR weight."""
+    sigmoid_bias: float = default_field(0.0)
+    """Bias of the sigmoid weight, a log-SNR; lower puts more weight on high noise."""
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
@@ -55,16 +63,46 @@ class DiffusionConfig(Config):
         ):
             if needs and not isinstance(self.schedule, Discrete):
                 raise ValueError(f"{name}={value} needs a discrete schedule (got {self.schedule.kind})")
+        self._check_flow()
+        if bound and self.loss_space != "output":
+            raise ValueError(f"loss={self.loss} has no loss_space (got {self.loss_space}); use loss_space=output")
         if bound and self.weight != "none":
             raise ValueError(f"loss={self.loss} has no weight by noise level (got {self.weight}); use weight=none")
         return self
+
+    def _check_flow(self) -> None:
+        """Refuses what only a flow schedule has, and what it has not."""
+        if self.flow is None:
+            for name, value in (("objective", self.objective), ("loss_space", self.loss_space)):
+                if value == "velocity":
+                    raise ValueError(f"{name}=velocity needs schedule.kind=flow (got {self.schedule.kind})")
+        elif self.objective == "v":
+            raise ValueError("objective=v is DDPM's; with schedule.kind=flow take objective=velocity")
+        if self.velocity_min_t and self.loss_space != "velocity":
+            raise ValueError(f"velocity_min_t is for loss_space=velocity (got loss_space={self.loss_space})")
+
+    @property
+    def flow(self) -> Flow | None:
+        """The schedule, if it is that of flow matching."""
+        return self.schedule if isinstance(self.schedule, Flow) else None
+
+    def loss_divisor(self, sigma: Tensor) -> Tensor:
+        """What the image's error is divided by to be the error that the loss compares, in shape and dtype of sigma."""
+        if self.loss_space == "x0":
+            return torch.ones_like(sigma)
+        if self.loss_space == "eps":
+            return sigma
+        if self.loss_space == "velocity" and self.flow is not None:
+            return self.flow.t(sigma).clamp(min=self.velocity_min_t)
+        return self.coefficients(sigma).out
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """c_skip, c_out and c_in at noise levels sigma > 0, in their shape and dtype."""
         previous = None
         if self.objective == "prev" and isinstance(self.schedule, Discrete):
             previous = self.schedule.previous(sigma).to(sigma.dtype)
-        return coefficients(self.objective, sigma, self.sigma_data, previous)
+        scale = None if self.flow is None else self.flow.noise_scale
+        return coefficients(self.objective, sigma, self.sigma_data, previous, scale)
 
     def check_step(self, sigma: Tensor, sigma_next: Tensor) -> None:
         """Refuses a step, between two scalar levels, whose variance was not learned.
@@ -133,6 +171,9 @@ class DenoiserConfig(Config):
                 f"diffusion.variance={self.diffusion.variance} needs a network with twice as many unet.out_channels "
                 f"as in_channels (got {channels[1]} and {channels[0]})"
             )
+        flow = self.diffusion.flow
+        if flow is not None and flow.size_px not in (None, self.size_px):
+            raise ValueError(f"diffusion.schedule.size_px is {flow.size_px}, but size_px is {self.size_px}")
         if self.size_px % self.unet.sides_divisor:
             raise ValueError(f"size_px must be a multiple of {self.unet.sides_divisor} (got {self.size_px})")
         return self
@@ -170,6 +211,8 @@ class PriorConfig(Config):
         diffusion = self.diffusion
         if is_learned(diffusion.variance) or diffusion.loss in ("kl", "rescaled_kl"):
             raise ValueError("diffusion: learned variances and the variational bound are for images")
+        if diffusion.flow is not None and diffusion.flow.size_px is not None:
+            raise ValueError("diffusion.schedule.size_px: is for images; give shift itself")
         if self.clamp_prediction and diffusion.objective != "x0":
             raise ValueError(f"clamp_prediction is for objective x0 (got {diffusion.objective})")
         steps = self.network.num_timesteps

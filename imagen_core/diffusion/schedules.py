@@ -34,6 +34,10 @@ class LogSnrLinear(Config):
         """The network's input at sigma: the log-SNR."""
         return -2 * sigma.log()
 
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        """Minus the derivative of the log-SNR by time at sigma, float64."""
+        return 20 * self.time(sigma) * (1 + sigma.double() ** -2)
+
 
 class LogSnrCosine(Config):
     """Nichol and Dhariwal 2021 (arXiv 2102.09672, equation 17) in continuous time.
@@ -58,6 +62,11 @@ class LogSnrCosine(Config):
     def c_noise(self, sigma: Tensor) -> Tensor:
         """The network's input at sigma: the log-SNR."""
         return -2 * sigma.log()
+
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        """Minus the derivative of the log-SNR by time at sigma, float64."""
+        low, high = self._ends()
+        return 2 * (high - low) * (sigma.double() + 1 / sigma.double())
 
     def _angle(self, time: Tensor) -> Tensor:
         low, high = self._ends()
@@ -139,6 +148,12 @@ class Discrete(Config):
         step = self.step(sigma)
         return step * (1000 / self.num_steps) if self.rescale_steps else step
 
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        """Minus the derivative of the log-SNR by time at the step of sigma, float64: by differences of its neighbours,
+        at the ends by one."""
+        slopes = torch.gradient(self.sigmas().log())[0].to(sigma.device)
+        return 2 * self.num_steps * slopes[self.step(sigma).round().long()]
+
 
 class LogNormal(Config):
     """EDM's training distribution: ln sigma is normal (Karras et al. 2022, table 1)."""
@@ -166,8 +181,114 @@ class LogNormal(Config):
         """The network's input at sigma: ln(sigma) / 4."""
         return sigma.log() / 4
 
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        """Minus the derivative of the log-SNR by time at sigma, float64."""
+        return 2 * self.std / _normal_density((sigma.double().log() - self.mean) / self.std)
 
-NoiseSchedule = Annotated[LogSnrLinear | LogSnrCosine | Discrete | LogNormal, Field(discriminator="kind")]
+
+class Flow(Config):
+    """Flow matching along straight lines: x_t = (1 - t) x0 + t s n (Lipman et al. 2022, arXiv 2210.02747).
+
+    In the coordinate of this file that is x_t = x / (1 + sigma / s) with sigma = s t / (1 - t). Training samples t by
+    its logit, which is normal (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+    """
+
+    kind: Literal["flow"] = "flow"
+    mean: float = 0.0
+    """Mean of ln(t / (1 - t)); higher trains on more noise. Where published code counts time from the noise to the
+    image, this is its mean times -1."""
+    std: float = Field(default=1.0, gt=0)
+    """Standard deviation of ln(t / (1 - t))."""
+    uniform_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the training samples whose t is uniform instead; 1: all."""
+    shift: float = Field(default=1.0, gt=0)
+    """Every t, of training and sampling, becomes shift t / (1 + (shift - 1) t): above 1 more noise, for larger images
+    (Esser et al. 2024, equation 23)."""
+    shift_from_px: int | None = Field(default=None, ge=1)
+    """In place of shift: side of the images that need none. The shift is then size_px / shift_from_px, the square root
+    of the ratio of the numbers of pixels."""
+    size_px: int | None = Field(default=None, ge=1)
+    """Side of the images, for shift_from_px."""
+    noise_scale: float = Field(default=1.0, gt=0)
+    """Standard deviation s of the noise at t = 1 (Li and He 2025, arXiv 2511.13720: 1 for 256 px, 2 for 512 px)."""
+    t_min: float = Field(default=0.001, gt=0, lt=1)
+    """Lowest t of training, and of sampling before 0; lower ones become this."""
+    t_max: float = Field(default=0.9999, gt=0, lt=1)
+    """Highest t of training and sampling; higher ones become this. At 1 sigma would be infinite."""
+    time_scale: float = Field(default=1.0, gt=0)
+    """The network reads t times this; 1000 for sinusoids that are made for step indices, as in diffusers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Flow":
+        if (self.shift_from_px is None) != (self.size_px is None):
+            raise ValueError(
+                f"shift_from_px is {self.shift_from_px} and size_px is {self.size_px}; shift by resolution needs both"
+            )
+        if self.shift_from_px is not None and self.shift != 1:
+            raise ValueError(f"shift is {self.shift:g} and shift_from_px {self.shift_from_px}; give one of the two")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"t_min must be below t_max (got {self.t_min} and {self.t_max})")
+        return self
+
+    @property
+    def shift_factor(self) -> float:
+        """The shift, also where resolutions say it."""
+        if self.shift_from_px is None or self.size_px is None:
+            return self.shift
+        return self.size_px / self.shift_from_px
+
+    def level(self, t: Tensor) -> Tensor:
+        """t in [0, 1) -> sigma, in the shape and dtype of t."""
+        return self.noise_scale * t / (1 - t)
+
+    def t(self, sigma: Tensor) -> Tensor:
+        """Sigma >= 0 -> t in [0, 1), in the shape and dtype of sigma."""
+        return sigma / (self.noise_scale + sigma)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Time in [0, 1] -> the quantile of sigma, float64."""
+        inside = time.double().clamp(_SMALLEST, 1 - _SMALLEST)
+        lowest, highest = (float(self.level(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max))
+        return (self.noise_scale * self.shift_factor * self._logit(inside).exp()).clamp(lowest, highest)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`."""
+        return self._share_below(self._unshifted(sigma))
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        """The network's input at sigma: t, times time_scale."""
+        return self.t(sigma) * self.time_scale
+
+    def log_snr_rate(self, sigma: Tensor) -> Tensor:
+        """Minus the derivative of the log-SNR by time at sigma, float64."""
+        logit, part = self._unshifted(sigma), self.uniform_fraction
+        normal = _normal_density((logit - self.mean) / self.std) / self.std
+        uniform = logit.sigmoid() * (-logit).sigmoid()
+        return 2 / (part * uniform + (1 - part) * normal)
+
+    def _unshifted(self, sigma: Tensor) -> Tensor:
+        """Sigma -> ln(t / (1 - t)) before the shift, float64."""
+        return (sigma.double() / (self.noise_scale * self.shift_factor)).log()
+
+    def _share_below(self, logit: Tensor) -> Tensor:
+        """ln(t / (1 - t)) before the shift -> the probability of a lower one in training."""
+        normal = torch.special.ndtr((logit - self.mean) / self.std)
+        return self.uniform_fraction * logit.sigmoid() + (1 - self.uniform_fraction) * normal
+
+    def _logit(self, share: Tensor) -> Tensor:
+        """The inverse of `_share_below`, by bisection between the two quantiles where both laws have a part."""
+        normal, uniform = self.mean + self.std * torch.special.ndtri(share), torch.logit(share)
+        if self.uniform_fraction in (0, 1):
+            return uniform if self.uniform_fraction else normal
+        low, high = torch.minimum(normal, uniform), torch.maximum(normal, uniform)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self._share_below(middle) > share
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
+
+
+NoiseSchedule = Annotated[LogSnrLinear | LogSnrCosine | Discrete | LogNormal | Flow, Field(discriminator="kind")]
 """`sigma(time)` and `time(sigma)` map time in [0, 1] to noise levels and back; training samples time uniformly."""
 
 
@@ -177,3 +298,7 @@ def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
         return schedule.sigma_min, schedule.sigma_max
     ends = schedule.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
+
+
+def _normal_density(z: Tensor) -> Tensor:
+    return (-(z**2) / 2).exp() / math.sqrt(2 * math.pi)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from imagen_core.config import Config, default_field
-from imagen_core.diffusion.schedules import Discrete, NoiseSchedule, sampling_range
+from imagen_core.diffusion.schedules import Discrete, Flow, NoiseSchedule, sampling_range
 
 
 class Karras(Config):
@@ -38,17 +38,20 @@ class Karras(Config):
 
 
 class Uniform(Config):
-    """Equal steps of the schedule's time, as DDPM takes them."""
+    """Equal steps of the schedule's time, as DDPM takes them; of t before its shift in a flow schedule."""
 
     kind: Literal["uniform"] = "uniform"
     spacing: Literal["linspace", "leading", "trailing"] = default_field("linspace")
     """Which of the T steps of a discrete schedule (Lin et al. 2023, arXiv 2305.08891, table 2): linspace, from the
     lowest to the highest; leading, from the lowest at a stride of T // num_steps, so that the highest are left out;
-    trailing, from the highest at a stride of T / num_steps, rounded, so that the lowest are left out."""
+    trailing, from the highest at a stride of T / num_steps, rounded, so that the lowest are left out. Of a flow
+    schedule: linspace, from t_max to t_min, and then to 0; trailing, num_steps equal steps from t_max to 0."""
     offset: int = default_field(0, ge=0)
     """Added to each step of leading."""
     skip_lowest: bool = default_field(False)
     """Space num_steps + 1 steps and leave out the lowest, as diffusers' multistep solvers do; not for trailing."""
+    shift: float | None = default_field(None, gt=0)
+    """Shift of a flow schedule's t in sampling; null: the schedule's own."""
 
     @model_validator(mode="after")
     def _check(self) -> "Uniform":
@@ -64,8 +67,12 @@ class Uniform(Config):
         Raises:
             ValueError: more steps than a discrete schedule has, or a spacing of a schedule that is not discrete.
         """
+        if self.shift is not None and not isinstance(schedule, Flow):
+            raise ValueError(f"grid.shift needs a flow schedule (got {schedule.kind})")
         if isinstance(schedule, Discrete):
             return _append_zero(schedule.sigmas()[self._steps(schedule.num_steps, num_steps)].flip(0))
+        if isinstance(schedule, Flow):
+            return _append_zero(schedule.level(self._flow_times(schedule, num_steps)))
         if self != Uniform():
             raise ValueError(f"grid.spacing, offset and skip_lowest need a discrete schedule (got {schedule.kind})")
         low, high = sampling_range(schedule)
@@ -74,6 +81,18 @@ class Uniform(Config):
             return _append_zero(torch.tensor([high], dtype=torch.float64))
         times = torch.linspace(float(ends[0]), float(ends[1]), num_steps, dtype=torch.float64)
         return _append_zero(schedule.sigma(times))
+
+    def _flow_times(self, schedule: Flow, num_steps: int) -> Tensor:
+        """t of num_steps falling levels, float64."""
+        if self.spacing == "leading" or self.skip_lowest:
+            raise ValueError("grid.spacing=leading and skip_lowest need a discrete schedule (got flow)")
+        shift = self.shift or schedule.shift_factor
+        high, low = (t / (t + shift * (1 - t)) for t in (schedule.t_max, schedule.t_min))
+        if self.spacing == "trailing" or num_steps == 1:
+            times = high * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)
+        else:
+            times = torch.linspace(high, low, num_steps, dtype=torch.float64)
+        return shift * times / (1 + (shift - 1) * times)
 
     def _steps(self, total: int, num_steps: int) -> list[int]:
         """num_steps increasing step indices in [0, total)."""

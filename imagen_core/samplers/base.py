@@ -8,6 +8,7 @@ from torch import Tensor
 
 from imagen_core.config import Config
 from imagen_core.diffusion.guidance import Denoise
+from imagen_core.diffusion.schedules import Flow
 
 SampleNoise = Callable[[], Tensor]
 """Fresh standard normal numbers of the image's shape."""
@@ -28,6 +29,7 @@ class History:
         derivatives: noise estimates (x - D) / sigma of the last steps, at most four, oldest first.
         estimate: D of the previous step, and sigma its noise level.
         middle: the noise level half-way between two others, in the schedule's time if there is a schedule.
+        flow: the schedule, if it is that of flow matching.
     """
 
     num_steps: int = 0
@@ -36,6 +38,7 @@ class History:
     estimate: Tensor | None = None
     sigma: Tensor | None = None
     middle: Callable[[Tensor, Tensor], Tensor] = mean_level
+    flow: Flow | None = None
 
 
 class Sampler(Config):

@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
+from imagen_core.diffusion.schedules import Flow
 from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
 
 
 class Euler(Sampler):
-    """First order: one network call per step. Without churn it is DDIM."""
+    """First order: one network call per step. Without churn it is DDIM, and Euler's step of a flow's velocity."""
 
     kind: Literal["euler"] = "euler"
     churn: float = Field(default=0.0, ge=0, le=math.sqrt(2) - 1)
@@ -31,7 +32,8 @@ class Euler(Sampler):
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         x, sigma = self._churned(x, sigma, noise)
-        return x + (sigma_next - sigma) * derivative(x, denoise(x, sigma), sigma)
+        estimate = denoise(x, sigma)
+        return estimate + sigma_next / sigma * (x - estimate)  # exact also where sigma is large
 
     def _churned(self, x: Tensor, sigma: Tensor, noise: SampleNoise) -> tuple[Tensor, Tensor]:
         if self.churn == 0 or not self.churn_sigma_min <= float(sigma) <= (self.churn_sigma_max or math.inf):
@@ -41,7 +43,10 @@ class Euler(Sampler):
 
 
 class Heun(Euler):
-    """Second order: two network calls per step, but one at the last step."""
+    """Second order: two network calls per step, but one at the last step.
+
+    With a flow schedule it takes the mean of two velocities dx_t/dt, else that of two slopes dx/dsigma.
+    """
 
     kind: Literal["heun"] = "heun"  # type: ignore[assignment]
 
@@ -49,9 +54,23 @@ class Heun(Euler):
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         x, sigma = self._churned(x, sigma, noise)
+        if history.flow is not None:
+            return _flow_step(history.flow, denoise, x, sigma, sigma_next)
         slope = derivative(x, denoise(x, sigma), sigma)
         ahead = x + (sigma_next - sigma) * slope
         if sigma_next == 0:
             return ahead
         slope_ahead = derivative(ahead, denoise(ahead, sigma_next), sigma_next)
         return x + (sigma_next - sigma) * torch.lerp(slope, slope_ahead, 0.5)
+
+
+def _flow_step(flow: Flow, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Heun's step of dx_t/dt = (x_t - D) / t, with x_t = (1 - t) x."""
+    t, t_next = flow.t(sigma), flow.t(sigma_next)
+    state = (1 - t) * x
+    velocity = (state - denoise(x, sigma)) / t
+    ahead = state + (t_next - t) * velocity
+    if sigma_next == 0:
+        return ahead
+    velocity_ahead = (ahead - denoise(ahead / (1 - t_next), sigma_next)) / t_next
+    return (state + (t_next - t) * torch.lerp(velocity, velocity_ahead, 0.5)) / (1 - t_next)

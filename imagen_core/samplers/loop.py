@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.diffusion.schedules import NoiseSchedule
+from imagen_core.diffusion.schedules import Flow, NoiseSchedule
 from imagen_core.samplers.base import History, Sampler
 from imagen_core.samplers.noise import Noise
 
@@ -19,7 +19,8 @@ OnStep = Callable[[int, int, Tensor], None]
 
 Start = Literal["sigma", "unit_variance"]
 """Standard deviation of the noise that sampling starts from: sigma, the first noise level; unit_variance,
-sqrt(1 + sigma^2), so that the state in DDPM's scale, x / sqrt(1 + sigma^2), is standard normal (diffusers)."""
+sqrt(1 + sigma^2), so that the state in DDPM's scale, x / sqrt(1 + sigma^2), is standard normal (diffusers). With a
+flow schedule of noise scale s the latter is s + sigma, so that the state (1 - t) x is pure noise, as at t = 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def sample(
         strength: in [0, 1]: the part of the steps that init_image goes through; 0 returns it, 1 ignores it.
         latent: (b, c, h, w), standard normal, to start from instead of random noise; `encode` computes it.
         start: how large the noise is that sampling starts from.
-        schedule: lets samplers that look between two levels (prk) take the middle in its time.
+        schedule: lets samplers that look between two levels (prk) take the middle in its time, and heun the velocities
+            of a flow.
     Returns:
         (b, c, h, w), about in [-1, 1].
     Raises:
@@ -91,7 +93,7 @@ def sample(
 
     if init_image is None or strength == 1:
         first = 0
-        x = _start_std(sigmas, start) * (normal() if latent is None else latent.to(device, dtype))
+        x = start_std(sigmas, start, schedule) * (normal() if latent is None else latent.to(device, dtype))
     else:
         first = len(sigmas) - 1 - round(strength * (len(sigmas) - 1))
         x = init_image.to(device, dtype).expand(len(noise), *shape)
@@ -110,7 +112,10 @@ def sample(
     return x
 
 
-def _start_std(sigmas: Tensor, start: Start) -> float:
+def start_std(sigmas: Tensor, start: Start, schedule: NoiseSchedule | None) -> float:
+    """Standard deviation of the noise that sampling starts from."""
+    if isinstance(schedule, Flow):
+        return float(sigmas[0]) + schedule.noise_scale * (start == "unit_variance")
     return math.hypot(float(sigmas[0]), start == "unit_variance")
 
 
@@ -143,10 +148,14 @@ def new_history(schedule: NoiseSchedule | None, total: int) -> History:
     if schedule is None:
         return History(total=total)
 
+    flow = schedule if isinstance(schedule, Flow) else None
+
     def middle(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        if flow is not None:
+            return flow.level((flow.t(sigma) + flow.t(sigma_next)) / 2)
         return schedule.sigma((schedule.time(sigma) + schedule.time(sigma_next)) / 2).to(sigma)
 
-    return History(total=total, middle=middle)
+    return History(total=total, middle=middle, flow=flow)
 
 
 def check_grid(sigmas: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imagen_core.diffusion import DenoiserConfig, Guidance, Threshold, guided
-from imagen_core.diffusion.steps import Karras
+from imagen_core.diffusion.steps import Karras, Uniform
 from imagen_core.images import in_range, tile, to_pixels
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from imagen_core.samplers import DpmSolverPP2M, SeededNoise, sample
@@ -98,6 +98,7 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
     settings, count = config.denoiser, min(config.grid.num_images, *map(len, context.stores.values()))
     assert isinstance(settings, DenoiserConfig)
     dtype, pixels = weights_dtype(config.precision), list[np.ndarray]()
+    steps = Karras() if settings.diffusion.flow is None else Uniform()
     for raw in _shown_in_grid(context, count):
         seeds = range(len(pixels), len(pixels) + len(raw["keys"]))
         if not seeds:  # all were removed
@@ -117,7 +118,7 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
             result = sample(
                 DpmSolverPP2M(),
                 guided(context.denoiser, conditioning, guidance, Threshold()),
-                Karras().sigmas(settings.diffusion.schedule, config.grid.num_steps),
+                steps.sigmas(settings.diffusion.schedule, config.grid.num_steps),
                 SeededNoise(seeds),
                 shape,
                 device=device,

@@ -4,7 +4,6 @@ Every step of a sampler adds up the image, estimates of the clean image and nois
 the noise levels alone; so a sampler that is given vectors of coefficients instead of images returns the coefficients.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,7 @@ from imagen_core.diffusion.guidance import GuidedDenoiser
 from imagen_core.diffusion.variance import is_learned
 from imagen_core.samplers import SeededNoise, sample
 from imagen_core.samplers.base import History
-from imagen_core.samplers.loop import new_history
+from imagen_core.samplers.loop import new_history, start_std
 
 Instruction = dict[str, Any]
 _PROBES = {"learned_range_sigmoid": (-torch.inf, torch.inf)}
@@ -93,7 +92,7 @@ def sampling_table(stage: CascadeStage) -> list[Instruction]:
     levels = sigmas.float().double()  # as the loop rounds them
     recorder = _Recorder(stage, 2 + 12 * len(levels))
     history = new_history(config.diffusion.schedule, len(levels) - 1)
-    x = math.hypot(float(levels[0]), settings.start == "unit_variance") * recorder.noise()
+    x = start_std(levels, settings.start, config.diffusion.schedule) * recorder.noise()
     for index in range(len(levels) - 1):
         x = _step(recorder, x, levels[index], levels[index + 1], history)
     table = _without_unused(recorder.instructions)
