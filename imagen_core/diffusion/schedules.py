@@ -245,10 +245,14 @@ class Flow(Config):
         """Sigma >= 0 -> t in [0, 1), in the shape and dtype of sigma."""
         return sigma / (self.noise_scale + sigma)
 
+    def image_part(self, sigma: Tensor) -> Tensor:
+        """Sigma >= 0 -> 1 - t, exact also near t = 1, in the shape and dtype of sigma."""
+        return self.noise_scale / (self.noise_scale + sigma)
+
     def sigma(self, time: Tensor) -> Tensor:
         """Time in [0, 1] -> the quantile of sigma, float64."""
         inside = time.double().clamp(_SMALLEST, 1 - _SMALLEST)
-        lowest, highest = (float(self.level(torch.tensor(t, dtype=torch.float64))) for t in (self.t_min, self.t_max))
+        lowest, highest = sampling_range(self)
         return (self.noise_scale * self.shift_factor * self._logit(inside).exp()).clamp(lowest, highest)
 
     def time(self, sigma: Tensor) -> Tensor:
@@ -296,6 +300,9 @@ def sampling_range(schedule: NoiseSchedule) -> tuple[float, float]:
     """The lowest and the highest noise level that sampling visits."""
     if isinstance(schedule, LogNormal):
         return schedule.sigma_min, schedule.sigma_max
+    if isinstance(schedule, Flow):
+        low, high = (schedule.noise_scale * t / (1 - t) for t in (schedule.t_min, schedule.t_max))
+        return low, high
     ends = schedule.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
 

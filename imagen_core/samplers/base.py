@@ -26,10 +26,10 @@ class History:
     Attributes:
         num_steps: steps taken so far (counted by the samplers that need it).
         total: number of all steps.
-        derivatives: noise estimates (x - D) / sigma of the last steps, at most four, oldest first.
+        derivatives: slopes of the last steps, at most four, oldest first.
         estimate: D of the previous step, and sigma its noise level.
         middle: the noise level half-way between two others, in the schedule's time if there is a schedule.
-        flow: the schedule, if it is that of flow matching.
+        flow: the schedule, if it is that of flow matching; slopes are then by its t.
     """
 
     num_steps: int = 0
@@ -39,6 +39,22 @@ class History:
     sigma: Tensor | None = None
     middle: Callable[[Tensor, Tensor], Tensor] = mean_level
     flow: Flow | None = None
+
+    def slope(self, x: Tensor, estimate: Tensor, sigma: Tensor) -> Tensor:
+        """The derivative of the probability flow, given the estimate D of x0, of the shape of x.
+
+        It is `derivative`; with a flow schedule the velocity dx_t/dt = (x_t - D) / t of the state x_t = (1 - t) x.
+        """
+        if self.flow is None:
+            return derivative(x, estimate, sigma)
+        return (self.flow.image_part(sigma) * x - estimate) / self.flow.t(sigma)
+
+    def move(self, x: Tensor, slope: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """x at sigma_next, from x at sigma along a straight line of this slope."""
+        if self.flow is None:
+            return x + (sigma_next - sigma) * slope
+        state = self.flow.image_part(sigma) * x + (self.flow.t(sigma_next) - self.flow.t(sigma)) * slope
+        return state / self.flow.image_part(sigma_next)
 
 
 class Sampler(Config):

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.diffusion.schedules import Flow
-from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
+from imagen_core.samplers.base import History, SampleNoise, Sampler
 
 
 class Euler(Sampler):
@@ -54,23 +53,9 @@ class Heun(Euler):
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
         x, sigma = self._churned(x, sigma, noise)
-        if history.flow is not None:
-            return _flow_step(history.flow, denoise, x, sigma, sigma_next)
-        slope = derivative(x, denoise(x, sigma), sigma)
-        ahead = x + (sigma_next - sigma) * slope
+        slope = history.slope(x, denoise(x, sigma), sigma)
+        ahead = history.move(x, slope, sigma, sigma_next)
         if sigma_next == 0:
             return ahead
-        slope_ahead = derivative(ahead, denoise(ahead, sigma_next), sigma_next)
-        return x + (sigma_next - sigma) * torch.lerp(slope, slope_ahead, 0.5)
-
-
-def _flow_step(flow: Flow, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """Heun's step of dx_t/dt = (x_t - D) / t, with x_t = (1 - t) x."""
-    t, t_next = flow.t(sigma), flow.t(sigma_next)
-    state = (1 - t) * x
-    velocity = (state - denoise(x, sigma)) / t
-    ahead = state + (t_next - t) * velocity
-    if sigma_next == 0:
-        return ahead
-    velocity_ahead = (ahead - denoise(ahead / (1 - t_next), sigma_next)) / t_next
-    return (state + (t_next - t) * torch.lerp(velocity, velocity_ahead, 0.5)) / (1 - t_next)
+        slope_ahead = history.slope(ahead, denoise(ahead, sigma_next), sigma_next)
+        return history.move(x, torch.lerp(slope, slope_ahead, 0.5), sigma, sigma_next)

@@ -2,7 +2,7 @@
 
 Liu et al. 2022 (arXiv 2202.09778). The noise estimate eps = (x - D) / sigma is combined as in classical methods
 (Adams-Bashforth, Runge-Kutta) and moved by DDIM's transfer, which in the coordinate x = x0 + sigma n is
-x + (sigma_next - sigma) eps.
+x + (sigma_next - sigma) eps. With a flow schedule the same is done with velocities and t.
 """
 
 from typing import Literal
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from imagen_core.diffusion.guidance import Denoise
-from imagen_core.samplers.base import History, SampleNoise, Sampler, derivative
+from imagen_core.samplers.base import History, SampleNoise, Sampler
 
 _ADAMS_BASHFORTH = {
     2: (-1 / 2, 3 / 2),
@@ -50,15 +50,15 @@ class Plms(_Multistep):
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
-        slope = derivative(x, denoise(x, sigma), sigma)
+        slope = history.slope(x, denoise(x, sigma), sigma)
         ddim = self._counted(history, slope)
-        move = sigma_next - sigma
         if not ddim and len(history.derivatives) > 1:
-            return x + move * _combined(history.derivatives)
+            return history.move(x, _combined(history.derivatives), sigma, sigma_next)
+        ahead = history.move(x, slope, sigma, sigma_next)
         if ddim or sigma_next == 0:
-            return x + move * slope
-        ahead = x + move * slope
-        return x + move * torch.lerp(slope, derivative(ahead, denoise(ahead, sigma_next), sigma_next), 0.5)
+            return ahead
+        slope_ahead = history.slope(ahead, denoise(ahead, sigma_next), sigma_next)
+        return history.move(x, torch.lerp(slope, slope_ahead, 0.5), sigma, sigma_next)
 
 
 class Prk(_Multistep):
@@ -71,23 +71,24 @@ class Prk(_Multistep):
     def step(
         self, denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: SampleNoise, history: History
     ) -> Tensor:
-        first = derivative(x, denoise(x, sigma), sigma)
+        first = history.slope(x, denoise(x, sigma), sigma)
         ddim = self._counted(history, first)
-        move = sigma_next - sigma
         multistep = self.num_steps is not None and history.num_steps - self.ddim_first_steps > self.num_steps
         if multistep and not ddim:
-            return x + move * _combined(history.derivatives)
+            return history.move(x, _combined(history.derivatives), sigma, sigma_next)
         if ddim or sigma_next == 0:
-            return x + move * first
+            return history.move(x, first, sigma, sigma_next)
 
-        def slope_at(point: Tensor, level: Tensor) -> Tensor:
-            return derivative(point, denoise(point, level), level)
+        def slope_at(slope: Tensor, level: Tensor) -> Tensor:
+            """The slope at this level, where that slope leads."""
+            point = history.move(x, slope, sigma, level)
+            return history.slope(point, denoise(point, level), level)
 
         middle = history.middle(sigma, sigma_next)
-        second = slope_at(x + (middle - sigma) * first, middle)
-        third = slope_at(x + (middle - sigma) * second, middle)
-        fourth = slope_at(x + move * third, sigma_next)
-        return x + move * (first + 2 * second + 2 * third + fourth) / 6
+        second = slope_at(first, middle)
+        third = slope_at(second, middle)
+        fourth = slope_at(third, sigma_next)
+        return history.move(x, (first + 2 * second + 2 * third + fourth) / 6, sigma, sigma_next)
 
 
 def _combined(past: list[Tensor]) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from imagen_core.diffusion import NoiseSchedule
-from imagen_core.diffusion.schedules import Discrete, LogNormal, LogSnrCosine, LogSnrLinear, sampling_range
+from imagen_core.diffusion.schedules import Discrete, Flow, LogNormal, LogSnrCosine, LogSnrLinear, sampling_range
 
 BETAS = ["linear", "cosine", "quadratic", "jsd", "sigmoid"]
-SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), *(Discrete(beta=beta) for beta in BETAS)]
+SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), Flow(), *(Discrete(beta=beta) for beta in BETAS)]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 
 

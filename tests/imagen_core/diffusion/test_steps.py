@@ -4,10 +4,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from imagen_core.diffusion.schedules import Discrete, LogNormal, LogSnrCosine, LogSnrLinear
+from imagen_core.diffusion.schedules import Discrete, Flow, LogNormal, LogSnrCosine, LogSnrLinear, sampling_range
 from imagen_core.diffusion.steps import AnyGrid, Karras, Listed, Respaced, Uniform, respaced_steps
 
-SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), Discrete(), Discrete(beta="cosine")]
+SCHEDULES = [LogSnrLinear(), LogSnrCosine(), LogNormal(), Flow(shift=3.0), Discrete(), Discrete(beta="cosine")]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 
 
@@ -20,8 +20,7 @@ def test_grids_fall_strictly_to_zero_from_the_highest_level(schedule, grid, num_
     assert len(sigmas) == num_steps + 1
     assert bool((sigmas.diff() < 0).all())
     assert float(sigmas[-1]) == 0
-    highest = 80.0 if isinstance(schedule, LogNormal) else float(schedule.sigma(torch.ones(1))[0])
-    assert float(sigmas[0]) == pytest.approx(highest)
+    assert float(sigmas[0]) == pytest.approx(sampling_range(schedule)[1])
 
 
 def test_karras_is_equation_5():
