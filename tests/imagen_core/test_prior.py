@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imagen_core.diffusion import Denoiser, Guidance, PriorConfig, Threshold, guided
+from imagen_core.diffusion import Denoiser, Guidance, PriorConfig, Threshold, diffusion_loss, guided
 from imagen_core.models import Conditioning
 from imagen_core.prior import PriorSamplingConfig, generate_embeddings, prior_similarities
 from tests.imagen_core.models.small import random_weights
@@ -58,6 +58,31 @@ def test_estimates_are_scaled_to_the_length_of_the_embeddings_if_configured() ->
     torch.testing.assert_close(estimate.norm(dim=-1), lengths)
     with pytest.raises(ValueError, match="clamp_prediction is for objective x0"):
         prior(clamp_prediction=True, diffusion={"schedule": {"kind": "discrete"}, "objective": "v"})
+
+
+FLOWS = [("velocity", "output"), ("x0", "velocity"), ("eps", "x0")]
+
+
+@pytest.mark.parametrize(("objective", "space"), FLOWS)
+def test_a_prior_learns_by_flow_matching(objective: str, space: str) -> None:
+    diffusion = {"schedule": {"kind": "flow"}, "objective": objective, "loss_space": space}
+    model = Denoiser(
+        PriorConfig.model_validate({"kind": "prior", "network": NETWORK, "diffusion": diffusion})
+    ).double()
+    settings = model.config
+    assert isinstance(settings, PriorConfig)
+    images, condition = settings.to_length(rows(8)), Conditioning(text_embed=rows(8, seed=1))
+    sigma = settings.diffusion.schedule.sigma((torch.arange(8) + 0.5) / 8)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for _ in range(20):
+        loss = diffusion_loss(model, images, sigma, rows(8, seed=2), condition).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    found = generate(model.eval(), rows(3, seed=1), [1, 2, 3], sampler={"kind": "heun"})
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3, dtype=torch.float64))
 
 
 def test_similarities_are_mean_cosines_to_images_captions_and_the_caption_before() -> None:

@@ -8,8 +8,8 @@ import torch
 
 from imagen_core.diffusion import bits_per_dimension
 from imagen_core.diffusion.likelihood import bound_term, discretised_log_likelihood, prior_term
-from imagen_core.diffusion.schedules import Discrete, LogSnrCosine
-from imagen_core.diffusion.steps import Uniform
+from imagen_core.diffusion.schedules import Discrete, Flow, LogSnrCosine
+from imagen_core.diffusion.steps import Karras, Uniform
 from imagen_core.models import Conditioning
 from tests.imagen_core.diffusion.small import small_denoiser, stub
 
@@ -98,6 +98,20 @@ def test_a_continuous_model_is_measured_on_any_grid():
     grid = Uniform().sigmas(LogSnrCosine(), 400)
     found = bits_per_dimension(denoiser, images(8), Conditioning(), grid, noise_of(8))
     assert entropy() < float(found.total.mean()) < entropy() + 0.4
+
+
+def test_a_flow_is_measured_on_any_grid():
+    flow = Flow(noise_scale=2.0)
+    denoiser = small_denoiser(diffusion={"objective": "x0", "schedule": flow, "variance": "fixed_large"})
+
+    def says(state, t, conditioning):
+        level = 2 * t / (1 - t)
+        return (STD**2 / (STD**2 + level**2) / (1 - t))[:, None, None, None] * state
+
+    stub(denoiser, says)
+    found = bits_per_dimension(denoiser, images(8), Conditioning(), Karras().sigmas(flow, 400), noise_of(8))
+    assert entropy() < float(found.total.mean()) < entropy() + 0.4
+    assert float(found.prior.max()) < 1e-6
 
 
 def test_an_images_bits_do_not_depend_on_its_batch():

@@ -42,6 +42,12 @@ SUPER = {
     "low_res_px": 16,
     "low_res_noise": {"kind": "lognormal"},
 }
+FLOW = {
+    "schedule": {"kind": "flow", "mean": 0.8, "std": 0.8, "uniform_fraction": 0.1, "shift_from_px": 16, "size_px": 32},
+    "objective": "x0",
+    "loss_space": "velocity",
+    "velocity_min_t": 0.05,
+}
 
 
 def make_store(

@@ -15,7 +15,7 @@ import torch
 from imagen_core.train import TrainingStopped, train, trainer
 from imagen_core.train.checkpoints.checkpoint import checkpoints
 from imagen_core.train.checkpoints.kept import remove_old, validation_losses
-from tests.imagen_core.train.small import SUPER, files, make_config, metrics, tensors
+from tests.imagen_core.train.small import FLOW, SUPER, files, make_config, metrics, tensors
 
 ROOT = Path(__file__).parents[4]
 
@@ -54,8 +54,9 @@ ROOT = Path(__file__).parents[4]
             {"precision": "bfloat16", "compute": {"channels_last": False}, "ema": {"rates": [0.9], "every_steps": 3}},
             marks=pytest.mark.slow,
         ),
+        pytest.param({"denoiser": SUPER | {"diffusion": FLOW}}, marks=pytest.mark.slow),
     ],
-    ids=["base", "super-resolution", "groups", "bfloat16"],
+    ids=["base", "super-resolution", "groups", "bfloat16", "flow"],
 )
 def test_20_steps_are_10_and_10(store: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"precision": "float32", "batch_size": 3} | changes  # stops within an epoch, and ends in the second

@@ -116,6 +116,32 @@ def test_a_process_without_this_package_generates_the_same_images(
 
 
 @pytest.mark.slow
+def test_a_cascade_of_flow_matching_generates_the_same_images(tmp_path: Path) -> None:
+    schedule = {"kind": "flow", "noise_scale": 2.0, "time_scale": 1000.0}
+    places = [
+        save(tmp_path / "base", denoiser(REGULAR, diffusion={"schedule": schedule, "objective": "velocity"}), ENCODER),
+        save(
+            tmp_path / "sr",
+            denoiser(EFFICIENT | SUPER, 32, **LOW_RES, diffusion={"schedule": {"kind": "flow"}, "objective": "x0"}),
+            ENCODER,
+        ),
+    ]
+    grid = {"kind": "uniform", "spacing": "trailing", "shift": 3.0}
+    settings: list[dict[str, Any]] = [
+        {"num_steps": 5, "sampler": {"kind": "heun"}, "grid": grid, "guidance": {"text": 3.0}},
+        {"num_steps": 4, "sampler": {"kind": "euler"}, "grid": grid, "start": "unit_variance", "low_res_sigma": 0.1},
+    ]
+    config = sampling_file(tmp_path, settings)
+    result = call("export", *places, "--to", "diffusers", "--out", str(tmp_path / "out"), "--sampling", config)
+    assert result.code == 0, result.err
+    text, file = captions(tmp_path, (4, 14, 1))
+    found = images_outside(tmp_path / "out", tmp_path, embeds=file, seed=[3, 1, 2])
+    expected = images_inside(loaded(places, settings), text, [3, 1, 2])
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_images_that_are_not_square_and_a_learned_variance_are_the_same(tmp_path: Path) -> None:
     unet = REGULAR | {"out_channels": 6, "num_classes": 4, "text_dim": None, "attention_type": "self"}
     trained = denoiser(unet, diffusion=DISCRETE | {"variance": "learned_range"})

@@ -76,6 +76,15 @@ def test_the_table_of_each_sampler_gives_its_images(sampler: dict[str, Any]) -> 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["sigma", "unit_variance"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_the_table_of_a_flow_gives_its_images(sampler: dict[str, Any], start: str) -> None:
+    diffusion = {"schedule": {"kind": "flow", "shift": 2.0, "noise_scale": 2.0}, "objective": "velocity"}
+    sampling = {"sampler": sampler, "num_steps": 9, "grid": {"kind": "uniform"}, "start": start}
+    found, expected = both(stage(REGULAR, sampling, diffusion=diffusion))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_size_of_the_first_noise_is_in_the_table() -> None:
     sampling = {"start": "unit_variance", "num_steps": 3, "grid": {"kind": "karras", "sigma_max": 2.0}}
     of = stage(REGULAR, sampling)
