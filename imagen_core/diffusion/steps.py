@@ -21,7 +21,7 @@ class Karras(Config):
     sigma_min: float | None = Field(default=None, gt=0)
     """Lowest noise level before 0; null means the schedule's."""
     sigma_max: float | None = Field(default=None, gt=0)
-    """Highest noise level; null means the schedule's."""
+    """Highest noise level; null means the schedule's, but of a flow schedule at most 80 times its noise_scale."""
 
     def sigmas(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         """num_steps levels, then 0.
@@ -30,6 +30,8 @@ class Karras(Config):
             ValueError: sigma_min is not below sigma_max.
         """
         low, high = sampling_range(schedule)
+        if isinstance(schedule, Flow):  # above EDM's highest level steps change hardly anything
+            high = min(high, 80 * schedule.noise_scale)
         low, high = self.sigma_min or low, self.sigma_max or high
         if not low < high:
             raise ValueError(f"sigma_min must be below sigma_max (got {low} and {high})")

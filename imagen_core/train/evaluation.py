@@ -98,7 +98,7 @@ def sample_grid(context: TrainingContext) -> np.ndarray:
     settings, count = config.denoiser, min(config.grid.num_images, *map(len, context.stores.values()))
     assert isinstance(settings, DenoiserConfig)
     dtype, pixels = weights_dtype(config.precision), list[np.ndarray]()
-    steps = Karras() if settings.diffusion.flow is None else Uniform()
+    steps = Karras() if settings.diffusion.flow is None else Uniform(spacing="trailing")
     for raw in _shown_in_grid(context, count):
         seeds = range(len(pixels), len(pixels) + len(raw["keys"]))
         if not seeds:  # all were removed

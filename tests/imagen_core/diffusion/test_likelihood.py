@@ -111,7 +111,7 @@ def test_a_flow_is_measured_on_any_grid():
     stub(denoiser, says)
     found = bits_per_dimension(denoiser, images(8), Conditioning(), Karras().sigmas(flow, 400), noise_of(8))
     assert entropy() < float(found.total.mean()) < entropy() + 0.4
-    assert float(found.prior.max()) < 1e-6
+    assert float(found.prior.max()) < 1e-4
 
 
 def test_an_images_bits_do_not_depend_on_its_batch():

@@ -274,8 +274,10 @@ def test_the_middle_of_two_levels_is_that_of_their_times():
     assert float(flow.t(new_history(flow, 1).middle(levels[0], levels[1]))) == pytest.approx((0.9999 + 0.1) / 2)
 
 
-def test_karras_steps_work_on_a_flow_too():
-    data, flow = Gaussian(), Flow()
-    mean, covariance = law(DpmSolverPP2M(), data.denoise, Karras().sigmas(flow, 160), schedule=flow)
+def test_the_default_grid_suits_a_flow_too():
+    data, flow = Gaussian(), Flow(noise_scale=2.0, t_min=0.002)
+    sigmas = Karras().sigmas(flow, 40)
+    assert float(sigmas[0]) == pytest.approx(160)
+    mean, covariance = law(DpmSolverPP2M(), data.denoise, sigmas, schedule=flow)
     assert float(mean) == pytest.approx(data.mean, rel=0.02)
     assert float(covariance) == pytest.approx(data.std**2, rel=0.02)

@@ -59,4 +59,4 @@ def test_grids_are_sampled_at_equal_steps_of_t(store: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(denoiser, "forward", seeing)
     assert sample_grid(make_context(config, denoiser)).shape[2] == 3
-    assert seen == pytest.approx([0.9999, 0.50045, 0.001], abs=1e-6)
+    assert seen == pytest.approx([0.9999, 0.9999 * 2 / 3, 0.9999 / 3], abs=1e-6)
