@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import BlurConfig, JpegConfig, ResizedCropConfig, TintConfig
+from imagen_core.train.power_average import exponent_of
 
 
 class DataConfig(Config):
@@ -71,7 +72,8 @@ class InitFromConfig(Config):
     path: str = Field(min_length=1)
     """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
     weights: str | None = None
-    """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
+    """Which of its weights: `model`, an average such as `ema-0.9999`, or one rebuilt from snapshots such as
+    `power-0.07`; null: the slowest average."""
     mismatch: Literal["error", "skip", "grow"] = "error"
     """Tensors that only one of the two models has, or that differ in shape: refuse; skip: leave them random; grow: as
     skip, but a smaller tensor becomes the first part of the larger one. Its outputs read nothing new, and what is new
@@ -167,12 +169,17 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices and kernels; biases and norms have none."""
     warmup_steps: int = Field(default=10_000, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """Learning rate after warm-up; wsd (warmup-stable-decay): constant, and a decay over the last steps alone. The
+    checkpoint before that decay is written and stays, so that the training can be continued from there."""
     decay_steps: int | None = Field(default=None, ge=1)
-    """Step at which cosine decay ends; null: num_steps."""
+    """Step at which the decay of cosine and wsd ends; null: num_steps."""
+    decay_fraction: float = default_field(0.2, gt=0, le=1)
+    """wsd: part of the steps up to the end of the decay that it takes."""
+    decay_shape: Literal["linear", "one_minus_sqrt"] = default_field("linear")
+    """wsd: the decay over its part p = 0..1: 1 - p, or 1 - sqrt(p) (Hägele et al. 2024, arXiv 2405.18392)."""
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Learning rate at the end of cosine decay, as a fraction of lr."""
+    """Learning rate at the end of the decay, as a fraction of lr."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     groups: tuple[ParameterGroup, ...] = ()
@@ -196,6 +203,13 @@ class EmaConfig(Config):
     """Decay of each average. All start as the plain mean of the weights so far, until the decay is reached."""
     every_steps: int = Field(default=1, ge=1)
     """Steps between updates."""
+    profiles: tuple[float, ...] = default_field(())
+    """Further averages, of power-function profiles (Karras et al. 2024, arXiv 2312.02696): the standard deviation of
+    each as a part of the training so far, sigma_rel. From snapshots of two, such as [0.05, 0.1], any length about them
+    is rebuilt after the training, as weights `power-0.07`."""
+    snapshot_every_steps: int | None = default_field(None, ge=1)
+    """Steps between snapshots of `profiles`, which all stay, in OUT/snapshots; the last step has one too. Each takes 2
+    bytes per parameter and profile; 20 to 100 in a training are enough."""
     on_cpu: bool = False
     """Keep them in main memory: frees 4 bytes per parameter and average on the GPU, and each update copies the
     weights. Set every_steps to 10 or so to make it cheap."""
@@ -207,6 +221,18 @@ class EmaConfig(Config):
                 raise ValueError(f"rates: each must be in [0, 1) (got {rate})")
         if len(set(self.rates)) != len(self.rates):
             raise ValueError(f"rates: each once (got {self.rates})")
+        for sigma_rel in self.profiles:
+            try:
+                exponent_of(sigma_rel)
+            except ValueError as error:
+                raise ValueError(f"profiles: {error}") from error
+        if len(set(self.profiles)) != len(self.profiles):
+            raise ValueError(f"profiles: each once (got {self.profiles})")
+        if bool(self.profiles) != (self.snapshot_every_steps is not None):
+            raise ValueError(
+                f"profiles are {list(self.profiles)} and snapshot_every_steps is {self.snapshot_every_steps}: set both"
+                ", or neither"
+            )
         return self
 
 

@@ -55,12 +55,24 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of step 0, 1, 2 ...: linear warm-up, then constant or half a cosine down to its final fraction."""
+    """Learning rate of step 0, 1, 2 ...: linear warm-up, then as the schedule says, down to its final fraction."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     end = config.decay_steps or num_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
-    fraction = config.final_lr_fraction
-    return config.lr * (fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
+    start = max(config.warmup_steps, decay_start(config, num_steps) or 0)
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        left = 1 - (progress if config.decay_shape == "linear" else math.sqrt(progress))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * left)
+
+
+def decay_start(config: OptimizerConfig, num_steps: int) -> int | None:
+    """The number of steps before the decay of a wsd schedule; None for other schedules."""
+    if config.schedule != "wsd":
+        return None
+    end = config.decay_steps or num_steps
+    return end - max(1, round(config.decay_fraction * end))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
-from imagen_core.train.checkpoints.checkpoint import SHARED
+from imagen_core.train.checkpoints.load import SHARED
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 

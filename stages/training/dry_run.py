@@ -34,7 +34,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
             num_tokens=config.max_tokens,
             bytes_per_activation=_ACTIVATION_BYTES[config.precision],
-            num_averages=len(config.ema.rates),
+            num_averages=len(config.ema.rates) + len(config.ema.profiles),
             num_shards=1,
             lora=config.lora,
             moments_on_cpu=config.optimizer.on_cpu,
