@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from imagen_core.config import Config, default_field
 from imagen_core.store import DEFAULT_CACHE_BYTES
 from imagen_core.train.augment import BlurConfig, JpegConfig, ResizedCropConfig, TintConfig
-from imagen_core.train.power_average import exponent_of
+from imagen_core.train.averages.power import exponent_of
 
 
 class DataConfig(Config):
@@ -146,6 +146,8 @@ class ParameterGroup(Config):
     """Learning rate after warm-up, which follows the schedule of the others; null: the optimizer's."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of matrices and kernels; null: the optimizer's."""
+    optimizer: Literal["adamw", "muon"] | None = default_field(None)
+    """With kind=muon: muon for all matrices of the group, or adamw for all of it; null: as the rule of kind says."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParameterGroup":
@@ -156,9 +158,25 @@ class ParameterGroup(Config):
         return self
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019), and its learning rate over time."""
+class MuonConfig(Config):
+    """Muon (Jordan et al. 2024), as torch computes it: the momentum of each matrix, orthogonalised."""
 
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the running mean of gradients (Nesterov's)."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Multiplies the learning rate of an (m, n) matrix: match_rms_adamw, by 0.2 sqrt(max(m, n)), so that updates are
+    as large as AdamW's, and its learning rate and decay serve both (Liu et al. 2025, arXiv 2502.16982); original, by
+    sqrt(max(1, m / n))."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019), or Muon and AdamW, and the learning rate over time."""
+
+    kind: Literal["adamw", "muon"] = default_field("adamw")
+    """muon: Muon for the matrices of linear layers in the network's blocks, AdamW for the rest: convolutions, norms,
+    biases, embeddings, and all before the first and behind the last block."""
+    muon: MuonConfig = default_field(MuonConfig())
+    """kind=muon: Muon's settings."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -193,6 +211,13 @@ class OptimizerConfig(Config):
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: each must be in [0, 1) (got {beta})")
+        if self.kind != "muon":
+            named = [number for number, group in enumerate(self.groups) if group.optimizer is not None]
+            if named or self.muon != MuonConfig():
+                option = f"groups.{named[0]}.optimizer" if named else "muon"
+                raise ValueError(f"{option}: is for kind=muon (got kind={self.kind}); leave it out, or set kind=muon")
+        elif self.on_cpu:
+            raise ValueError("on_cpu: is for kind=adamw; Muon's momentum, 4 bytes per parameter, stays on the device")
         return self
 
 

@@ -13,6 +13,7 @@ from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
 from imagen_core.sealed import write_sealed
 from imagen_core.store import Store
+from imagen_core.train.averages.ema import WeightAverages
 from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, refuse_other
 from imagen_core.train.checkpoints.init_from import Start, initialize_from
 from imagen_core.train.checkpoints.kept import (
@@ -35,7 +36,6 @@ from imagen_core.train.data.randomness import RandomStream, mix
 from imagen_core.train.data.store import UnreadableError, agree, opened_again, store_lost, trained_shapes
 from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
-from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values

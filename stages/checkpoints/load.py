@@ -8,7 +8,8 @@ from pathlib import Path
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
 from imagen_core.train.checkpoints.load import SHARED
-from pipeline.storage import LocalStorage
+from imagen_core.train.checkpoints.rebuild import POWER, SNAPSHOTS
+from pipeline.storage import LocalStorage, Storage
 from pipeline.storage.open import open_storage
 
 _STATE = "state.json"
@@ -31,14 +32,14 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         return load_checkpoint(Path(place.removeprefix("file://")), weights, lora, load_checkpoint_from)
     if place.endswith(_ONE_FILE):
         return _of_file(place, weights, lora)
+    if weights is not None and weights.startswith(POWER):
+        return _with_snapshots(storage, place, weights, lora)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
     if folder is None and SHARED in names:
         return _of_file(f"{place.rstrip('/')}/{SHARED}", weights, lora)
     if folder is None:
-        raise CheckpointError(
-            f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"
-        )
+        raise _no_checkpoint(place)
     local = storage.new_folder()
     try:
         for name in names:
@@ -47,6 +48,35 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights, lora)
     finally:
         shutil.rmtree(local)
+
+
+def _with_snapshots(storage: Storage, place: str, weights: str, lora: LoraUseConfig | None) -> LoadedDenoiser:
+    """A checkpoint whose average may have to be rebuilt: it and the snapshots are copied as they lie in the run."""
+    root, folder = place.rstrip("/"), _newest(list(storage.walk()))
+    if storage.size(_STATE) is not None:  # the folder of a step, two levels below the run
+        root, kind, step = root.rsplit("/", 2)
+        folder = f"{kind}/{step}/"
+        storage = open_storage(root)
+    if folder is None:
+        raise _no_checkpoint(place)
+    local = storage.new_folder()
+    try:
+        for name in storage.walk():
+            if name.startswith((folder, f"{SNAPSHOTS}/step-")) and "optimizer" not in name:
+                target = local / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                storage.copy(name).replace(target)
+        try:
+            loaded = load_checkpoint(local / folder, weights, lora, load_checkpoint_from)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(local), root)) from error
+        return replace(loaded, place=f"{root}/{folder}".rstrip("/"))
+    finally:
+        shutil.rmtree(local)
+
+
+def _no_checkpoint(place: str) -> CheckpointError:
+    return CheckpointError(f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder")
 
 
 def origin(loaded: LoadedDenoiser) -> dict[str, object]:

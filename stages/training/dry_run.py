@@ -37,7 +37,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             num_averages=len(config.ema.rates) + len(config.ema.profiles),
             num_shards=1,
             lora=config.lora,
-            moments_on_cpu=config.optimizer.on_cpu,
+            optimizer=config.optimizer,
         )
     except TrainError as error:
         raise ConfigError(str(error)) from error
@@ -62,6 +62,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "optimizer_bytes": memory.optimizer,
         "averages_bytes": memory.averages,
         "activations_bytes": memory.activations,
+        **_snapshots(config, trained),
         "memory_bytes": memory.total,
         "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
         "steps": config.num_steps,
@@ -78,6 +79,15 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
+
+
+def _snapshots(config: TrainConfig, trained: int) -> dict[str, object]:
+    """Number of snapshots of averages by profile, and their bytes on disk; nothing where there are none."""
+    every = config.ema.snapshot_every_steps
+    if every is None:
+        return {}
+    number = -(-config.num_steps // every)  # the last step has one too
+    return {"snapshots": number, "snapshots_disk_bytes": number * len(config.ema.profiles) * 2 * trained}
 
 
 def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:

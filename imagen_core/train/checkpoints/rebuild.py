@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagen_core.train.averages.power import Profile, coefficients, exponent_of
 from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, read_tensors
 from imagen_core.train.errors import CheckpointError
-from imagen_core.train.power_average import Profile, coefficients, exponent_of
 
 SNAPSHOTS = "snapshots"
 POWER = "power-"

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagen_core.train.averages.ema import WeightAverages
 from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, write_checkpoint
 from imagen_core.train.checkpoints.rebuild import POWER, rounded
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
-from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import CheckpointMismatchError
 from imagen_core.train.lora.adapter import saved_parameters
+from imagen_core.train.parallel.muon import AnyOptimizer, moment_names
 from imagen_core.train.parallel.offload import OffloadedAdamW
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, unsharded
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class TrainState:
@@ -27,7 +26,7 @@ class TrainState:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         averages: WeightAverages,
         noise_levels: NoiseLevelSampler,
     ):
@@ -102,8 +101,17 @@ class TrainState:
                 average[key].copy_(local(like(values, parameters[key])).to(average[key].dtype))
         moments = read_tensors(path, saved, "optimizer")
         for name, parameter in self._trained():
-            kept = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": kept.pop("step").to(parameter.device)}
+            names = moment_names(self.optimizer, parameter)
+            if missing := [moment for moment in names if f"{moment}.{name}" not in moments]:
+                raise CheckpointMismatchError(
+                    f"{path}: its optimizer has no {missing[0]} of {name}: it was trained with another "
+                    "optimizer.kind, muon or adamw, or other groups; restore these, or start another --out with "
+                    "init_from"
+                )
+            kept = {moment: moments[f"{moment}.{name}"] for moment in names}
+            self.optimizer.state[parameter] = {}
+            if "step" in kept:
+                self.optimizer.state[parameter]["step"] = kept.pop("step").to(parameter.device)
             for moment, values in kept.items():  # in the parameter's memory order: the fused kernel does not check it
                 restored = torch.empty_like(parameter)
                 local(restored).copy_(local(like(values, parameter)))
@@ -136,10 +144,11 @@ class TrainState:
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():
             known = self.optimizer.state[parameter]
+            names = moment_names(self.optimizer, parameter)
             if not known:  # no step was taken yet: all gradients overflowed
-                zeros = torch.zeros_like(parameter)
-                known = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": torch.zeros((), dtype=torch.float32)}
-            for moment in _MOMENTS:
+                known = dict.fromkeys(names, torch.zeros_like(parameter))
+                known |= {"step": torch.zeros((), dtype=torch.float32)}
+            for moment in names:
                 yield f"{moment}.{name}", _laid_out(known[moment], parameter)
 
     @staticmethod

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from imagen_core.train.ema import WeightAverages, decay
+from imagen_core.train.averages.ema import WeightAverages, decay
 
 
 def trained(num_updates: int, rates: tuple[float, ...], dtype: torch.dtype = torch.float32) -> WeightAverages:

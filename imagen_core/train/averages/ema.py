@@ -2,7 +2,7 @@
 
 An average by rate starts as the plain mean of the weights after every update, and becomes exponential once the mean
 would decay slower than its rate: decay(t) = min(rate, t / (t + 1)) for update t = 0, 1, 2 ... So it is useful early,
-when an exponential one would still hold the first random weights. Averages by profile are those of `power_average`.
+when an exponential one would still hold the first random weights. Averages by profile are those of `power`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from imagen_core.train.averages.power import exponent_of, power_decay
 from imagen_core.train.checkpoints.rebuild import power_name
 from imagen_core.train.lora.adapter import saved_parameters
 from imagen_core.train.parallel.world import local
-from imagen_core.train.power_average import exponent_of, power_decay
 
 
 def decay(rate: float, update: int) -> float:
