@@ -191,7 +191,7 @@ def guided(
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:
-    """The denoiser's inputs, each with its weight in the sum; without those of weight 0."""
+    """The denoiser's inputs, each with its weight in the sum; without those of weight 0, unless all are."""
     terms: list[tuple[float, Conditioning]] = []
     current, before = conditioning, 0.0
     for condition in _ORDER:
@@ -203,4 +203,4 @@ def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, 
     terms.append((1 - before, current))
     first, everything = terms[0]
     terms[0] = (first + guidance.autoguidance - 1, everything)
-    return [(weight, condition) for weight, condition in terms if weight != 0]
+    return [(weight, condition) for weight, condition in terms if weight != 0] or terms[:1]

@@ -93,8 +93,8 @@ def test_coefficients_are_the_least_squares_of_the_profiles() -> None:
     assert left == pytest.approx(error**0.5, rel=2e-2)
 
 
-def tracked(lengths: tuple[float, ...], num_updates: int = 400, every: int = 20) -> dict[tuple[int, float], Tensor]:
-    """Averages of a weight on a random walk: of every length after every 20 updates."""
+def tracked(lengths: tuple[float, ...], num_updates: int = 400, every: int = 10) -> dict[tuple[int, float], Tensor]:
+    """Averages of a weight on a random walk: of every length after every 10 updates."""
     generator = seeded()
     weight, averages = torch.randn(300, generator=generator), dict.fromkeys(lengths, torch.zeros(300))
     found = {}
