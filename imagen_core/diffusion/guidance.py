@@ -150,11 +150,7 @@ def guided(
     length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
     within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
     self_conditioning, previous = denoiser.config.network.self_conditioning, _PreviousEstimate()
-    guide_remembers = guide is not None and guide.config.network.self_conditioning
-
-    def of_guide(x: Tensor, level: Tensor) -> Tensor:
-        assert guide is not None
-        return guide(x, level, replace(conditioning, estimate=previous.estimate) if guide_remembers else conditioning)
+    remembers = self_conditioning or (guide is not None and guide.config.network.self_conditioning)
 
     def output(x: Tensor, level: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
         learns = is_learned(denoiser.config.diffusion.variance)
@@ -164,8 +160,7 @@ def guided(
         return threshold(estimate, length)
 
     def unclipped(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        applies = guidance.applies(sigma)
-        terms = within if applies else outside
+        terms = within if (applies := guidance.applies(sigma)) else outside
         if self_conditioning and previous.estimate is not None:
             terms = [(weight, replace(condition, estimate=previous.estimate)) for weight, condition in terms]
         level = sigma.to(x).expand(len(x))
@@ -181,13 +176,21 @@ def guided(
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        if applies and guidance.autoguidance != 1:
-            total = total + (1 - guidance.autoguidance) * of_guide(x, level)
-        if self_conditioning or guide_remembers:
+        if guide is not None and applies and guidance.autoguidance != 1:
+            total = total + (1 - guidance.autoguidance) * _of_guide(guide, x, level, conditioning, previous)
+        if remembers:
             previous.estimate = clip(total)
         return total, channels
 
     return GuidedDenoiser(unclipped, denoiser.config.diffusion, clip)
+
+
+def _of_guide(
+    guide: Denoiser, x: Tensor, level: Tensor, conditioning: Conditioning, previous: _PreviousEstimate
+) -> Tensor:
+    if guide.config.network.self_conditioning:
+        conditioning = replace(conditioning, estimate=previous.estimate)
+    return guide(x, level, conditioning)
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:

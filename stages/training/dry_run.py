@@ -60,9 +60,8 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "weights_bytes": memory.weights,
         "gradients_bytes": memory.gradients,
         "optimizer_bytes": memory.optimizer,
-        "averages_bytes": memory.averages,
+        **_averages(config, memory.averages, trained),
         "activations_bytes": memory.activations,
-        **_snapshots(config, trained),
         "memory_bytes": memory.total,
         "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
         "steps": config.num_steps,
@@ -81,13 +80,14 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     }
 
 
-def _snapshots(config: TrainConfig, trained: int) -> dict[str, object]:
-    """Number of snapshots of averages by profile, and their bytes on disk; nothing where there are none."""
+def _averages(config: TrainConfig, memory_bytes: int, trained: int) -> dict[str, object]:
+    """Memory of the averages; number of snapshots of those by profile, and their bytes on disk, where there are any."""
     every = config.ema.snapshot_every_steps
     if every is None:
-        return {}
+        return {"averages_bytes": memory_bytes}
     number = -(-config.num_steps // every)  # the last step has one too
-    return {"snapshots": number, "snapshots_disk_bytes": number * len(config.ema.profiles) * 2 * trained}
+    disk_bytes = number * len(config.ema.profiles) * 2 * trained
+    return {"averages_bytes": memory_bytes, "snapshots": number, "snapshots_disk_bytes": disk_bytes}
 
 
 def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:
