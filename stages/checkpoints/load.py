@@ -3,13 +3,13 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
 from imagen_core.train.checkpoints.load import SHARED
 from imagen_core.train.checkpoints.rebuild import POWER, SNAPSHOTS
-from pipeline.storage import LocalStorage, Storage
+from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 
 _STATE = "state.json"
@@ -32,14 +32,16 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         return load_checkpoint(Path(place.removeprefix("file://")), weights, lora, load_checkpoint_from)
     if place.endswith(_ONE_FILE):
         return _of_file(place, weights, lora)
-    if weights is not None and weights.startswith(POWER):
-        return _with_snapshots(storage, place, weights, lora)
     names = list(storage.walk())
     folder = "" if _STATE in names else _newest(names)
     if folder is None and SHARED in names:
         return _of_file(f"{place.rstrip('/')}/{SHARED}", weights, lora)
     if folder is None:
-        raise _no_checkpoint(place)
+        raise CheckpointError(
+            f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"
+        )
+    if weights is not None and weights.startswith(POWER):
+        return _with_snapshots(place.rstrip("/"), folder, weights, lora)
     local = storage.new_folder()
     try:
         for name in names:
@@ -50,19 +52,22 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         shutil.rmtree(local)
 
 
-def _with_snapshots(storage: Storage, place: str, weights: str, lora: LoraUseConfig | None) -> LoadedDenoiser:
-    """A checkpoint whose average may have to be rebuilt: it and the snapshots are copied as they lie in the run."""
-    root, folder = place.rstrip("/"), _newest(list(storage.walk()))
-    if storage.size(_STATE) is not None:  # the folder of a step, two levels below the run
+def _with_snapshots(root: str, folder: str, weights: str, lora: LoraUseConfig | None) -> LoadedDenoiser:
+    """A checkpoint whose average may have to be rebuilt: it and the snapshots are copied as they lie in the run.
+
+    Args:
+        root: the run, or the checkpoint's folder, which is two levels below the run.
+        folder: the checkpoint in the run; empty if it is `root`.
+    """
+    if not folder:
         root, kind, step = root.rsplit("/", 2)
         folder = f"{kind}/{step}/"
-        storage = open_storage(root)
-    if folder is None:
-        raise _no_checkpoint(place)
+    storage = open_storage(root)
     local = storage.new_folder()
     try:
         for name in storage.walk():
-            if name.startswith((folder, f"{SNAPSHOTS}/step-")) and "optimizer" not in name:
+            needed = PurePosixPath(name).name.startswith((POWER, _STATE))
+            if needed and name.startswith((folder, f"{SNAPSHOTS}/step-")):
                 target = local / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 storage.copy(name).replace(target)
@@ -73,10 +78,6 @@ def _with_snapshots(storage: Storage, place: str, weights: str, lora: LoraUseCon
         return replace(loaded, place=f"{root}/{folder}".rstrip("/"))
     finally:
         shutil.rmtree(local)
-
-
-def _no_checkpoint(place: str) -> CheckpointError:
-    return CheckpointError(f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder")
 
 
 def origin(loaded: LoadedDenoiser) -> dict[str, object]:

@@ -81,7 +81,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
 
 
 def _averages(config: TrainConfig, memory_bytes: int, trained: int) -> dict[str, object]:
-    """Memory of the averages; number of snapshots of those by profile, and their bytes on disk, where there are any."""
+    """Memory of the averages; where there are snapshots of those by profile, their number and bytes on disk."""
     every = config.ema.snapshot_every_steps
     if every is None:
         return {"averages_bytes": memory_bytes}
