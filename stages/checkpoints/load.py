@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
+from imagen_core.train.averages.power import POWER
 from imagen_core.train.checkpoints.load import SHARED
-from imagen_core.train.checkpoints.rebuild import POWER, SNAPSHOTS
+from imagen_core.train.checkpoints.rebuild import SNAPSHOTS
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal
 
 from imagen_core.cascade import Cascade
-from imagen_core.train.checkpoints.rebuild import power_name
+from imagen_core.train.averages.power import power_name
 from pipeline.errors import ConfigError
 from stages.evaluation.config import EvaluateConfig
 from stages.sampling.config import SampleConfig, SampleStageConfig

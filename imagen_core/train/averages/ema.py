@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.averages.power import exponent_of, power_decay
-from imagen_core.train.checkpoints.rebuild import power_name
+from imagen_core.train.averages.power import exponent_of, power_decay, power_name
 from imagen_core.train.lora.adapter import saved_parameters
 from imagen_core.train.parallel.world import local
 

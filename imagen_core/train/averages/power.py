@@ -15,8 +15,15 @@ import numpy as np
 LONGEST = 0.28
 """Largest sigma_rel; the mean of all weights so far has 1 / sqrt(12) = 0.2887."""
 
+POWER = "power-"
+"""Begin of the names of these averages, as files and as weights."""
 Profile = tuple[float, float]
 """Number of updates so far, and sigma_rel."""
+
+
+def power_name(sigma_rel: float) -> str:
+    """Name of an average's file and weights."""
+    return f"{POWER}{sigma_rel}"
 
 
 def relative_std(exponent: float) -> float:

@@ -14,21 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_core.train.averages.power import Profile, coefficients, exponent_of
+from imagen_core.train.averages.power import POWER, Profile, coefficients, exponent_of, power_name
 from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, read_tensors
 from imagen_core.train.errors import CheckpointError
 
 SNAPSHOTS = "snapshots"
-POWER = "power-"
 _TENSORS = ".safetensors"
 _WELL_ROUNDED = 1e-3
 _MOST_LEFT = 0.1
 """Largest part of a profile that may be missing in the combination that stands for it."""
-
-
-def power_name(sigma_rel: float) -> str:
-    """Name of a power-function average's file and weights."""
-    return f"{POWER}{sigma_rel}"
 
 
 def rounded(values: Tensor) -> Tensor:

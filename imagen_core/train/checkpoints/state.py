@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from imagen_core.train.averages.ema import WeightAverages
+from imagen_core.train.averages.power import POWER
 from imagen_core.train.checkpoints.checkpoint import check_names, read_tensors, write_checkpoint
-from imagen_core.train.checkpoints.rebuild import POWER, rounded
+from imagen_core.train.checkpoints.rebuild import rounded
 from imagen_core.train.data.noise_levels import NoiseLevelSampler
 from imagen_core.train.errors import CheckpointMismatchError
 from imagen_core.train.lora.adapter import saved_parameters

@@ -117,7 +117,7 @@ def test_a_sweep_over_lengths_has_a_row_for_each_and_resumes(trained: Path, tmp_
     assert [record["stages"][0]["sha256"] for record in records] == [each for each in digests for _ in range(2)]
     assert records[0]["stages"][0]["guide"]["weights"] == "ema-0.5"
 
-    missing = out / names[2] / "images-16/000001.png"
+    missing = out / names[2] / "images-16/00001.png"
     before = missing.read_bytes()
     missing.unlink()
     again = evaluate(out, **both)

@@ -178,7 +178,7 @@ def test_snapshots_of_two_processes_are_those_of_one(store: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"profiles": [0.3]}, r"profiles: sigma_rel must be above 0 and at most 0.28 \(got 0.3\)"),
+        ({"profiles": [0.3]}, r"profiles.0\n.*less than or equal to 0.28"),
         ({"profiles": [0.1, 0.1]}, "profiles: each once"),
         ({"snapshot_every_steps": None}, "snapshot_every_steps is None: set both, or neither"),
         ({"profiles": []}, r"profiles are \[\] and snapshot_every_steps is 2: set both"),
