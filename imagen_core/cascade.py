@@ -157,7 +157,9 @@ class Cascade:
         images: dict[int, Tensor] = {}
         kept, last = list(seeds), start_stage + len(stages) - 1
         for number, stage in enumerate(stages, start_stage):
-            stage.denoiser.to(device=device, dtype=dtype).eval()
+            models = [each for each in (stage.denoiser, stage.guide) if each is not None]
+            for model in models:
+                model.to(device=device, dtype=dtype).eval()
             with torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
                 current = sample_stage(
                     stage,
@@ -172,7 +174,8 @@ class Cascade:
                     inpaint=inpaint,
                     on_step=None if on_step is None else partial(on_step, number),
                 )
-            stage.denoiser.to("cpu")  # the next stage needs the room
+            for model in models:
+                model.to("cpu")  # the next stage needs the room
             images[stage.size_px] = current.clamp(-1, 1)
             if keep is not None and number < last:
                 rows = _kept_rows(keep(number, images[stage.size_px]), len(kept)).to(current.device)

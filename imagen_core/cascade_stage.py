@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -10,13 +10,22 @@ from torch import Tensor
 
 from imagen_core.condition_images import channels_of, joined_images
 from imagen_core.config import Config, default_field
-from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, Threshold, guided
+from imagen_core.diffusion import Denoiser, DenoiserConfig, Guidance, PriorConfig, Threshold, guided
 from imagen_core.diffusion.low_res import upsample
 from imagen_core.diffusion.steps import AnyGrid, Karras
 from imagen_core.models.conditioning.base import Condition, Conditioning
 from imagen_core.samplers import DpmSolverPP2M, Inpaint, SeededNoise, encode, sample
 from imagen_core.samplers.loop import Start
 from imagen_core.samplers.registry import AnySampler
+
+_OF_GUIDES = (
+    *("size_px", "shape", "diffusion.schedule"),
+    *("low_res_px", "low_res_noise", "low_res_noise_at", "low_res_scale", "low_res_upsampling", "unet.low_res_noise"),
+    *("unet.text_dim", "unet.num_text_layers", "unet.text_embed_dim", "unet.needs_empty_caption"),
+    *("unet.num_classes", "unet.image_embed_dim", "unet.condition_channels"),
+    *("unet.transcription.max_characters",),
+)
+"""What a guide has in common with the model that it guides."""
 
 
 class SamplingConfig(Config):
@@ -54,6 +63,8 @@ class CascadeStage:
     """Names of the text encoders whose tokens it reads, where the cascade has several; None means all."""
     condition_images: Mapping[str, int] = field(default_factory=dict)
     """Channels of each further image that it reads, in their order; empty for one of the name `images`."""
+    guide: Denoiser | None = None
+    """A worse model of the same images and conditions, for autoguidance."""
 
     @property
     def further_images(self) -> dict[str, int]:
@@ -110,6 +121,14 @@ class CascadeStage:
                     f"{prefix} guidance.{condition} is {weight:g}, but the model was not trained with it; it reads "
                     f"{', '.join(sorted(self.conditions)) or 'no condition'}: leave it out"
                 )
+        if self.guide is not None:
+            if differs := _unlike(self.config, self.guide.config):
+                raise ValueError(f"{prefix} its guide has another {differs}; take a guide like the stage's model")
+        elif settings.guidance.autoguidance != 1:
+            raise ValueError(
+                f"{prefix} guidance.autoguidance is {settings.guidance.autoguidance:g}, but the stage has no guide; "
+                "name a worse model as its guide, or leave autoguidance out"
+            )
         try:
             settings.grid.sigmas(self.config.diffusion.schedule, settings.num_steps)
         except ValueError as error:
@@ -176,7 +195,7 @@ def sample_stage(
         latent, init_image, start = _latent(stage, conditioning, sigmas, init_image.to(weight)), None, "sigma"
     return sample(
         settings.sampler,
-        guided(denoiser, conditioning, settings.guidance, settings.threshold),
+        guided(denoiser, conditioning, settings.guidance, settings.threshold, stage.guide),
         sigmas,
         noise,
         shape,
@@ -190,6 +209,28 @@ def sample_stage(
         schedule=schedule,
         on_step=on_step,
     )
+
+
+def _unlike(config: DenoiserConfig, guide: DenoiserConfig | PriorConfig) -> str:
+    """What a guide's images, noise levels or conditions have that is not the stage's; empty if it fits."""
+    if not isinstance(guide, DenoiserConfig):
+        return "kind: prior"
+    for name in _OF_GUIDES:
+        mine, theirs = (_at(each, name) for each in (config, guide))
+        if mine != theirs:
+            return f"{name}: {_shown(theirs)}, and not {_shown(mine)}"
+    return ""
+
+
+def _at(config: DenoiserConfig, name: str) -> object:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _shown(value: object) -> str:
+    return str(value.model_dump(mode="json")) if isinstance(value, Config) else str(value)
 
 
 def _latent(stage: CascadeStage, conditioning: Conditioning, sigmas: Tensor, image: Tensor) -> Tensor:

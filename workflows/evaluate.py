@@ -7,6 +7,7 @@ from pipeline.storage.run_folder import RunFolder
 from stages.evaluation.config import EvaluateConfig
 from stages.evaluation.report import TABLE
 from stages.evaluation.run import evaluate
+from stages.evaluation.sweep import sweep
 from stages.sampling.dry_run import sampling_plan
 
 
@@ -22,8 +23,10 @@ class Evaluate(JobWorkflow):
         return evaluate(self.config, job)
 
     def dry_run(self) -> Mapping[str, object]:
-        plan = {} if self.config.sample is None else sampling_plan(self.config.sample)
-        return {**plan, "guidance": list(self.config.guidance), "samplings": max(1, len(self.config.guidance))}
+        points = sweep(self.config)
+        plan = {} if self.config.sample is None else sampling_plan(points[0].with_weights(self.config.sample))
+        more = {name: list(values) for name in ("sigma_rel", "autoguidance") if (values := getattr(self.config, name))}
+        return {**plan, "guidance": list(self.config.guidance), **more, "samplings": len(points)}
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("table", f"{run.url}/{TABLE}")] if run.storage.size(TABLE) is not None else []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from imagen_core.config import Config
+from imagen_core.config import Config, default_field
 from imagen_core.diffusion.config import DiffusionConfig, PriorConfig
 from imagen_core.diffusion.denoiser import Denoiser, column
 from imagen_core.diffusion.variance import is_learned
@@ -36,6 +36,9 @@ class Guidance(Config):
     """Weight of the image embedding."""
     low_res: float = 1.0
     """Weight of the low-resolution image, against a mid-gray one."""
+    autoguidance: float = default_field(1.0)
+    """Weight of the model against its guide, a worse model with the same conditions (Karras et al. 2024, arXiv
+    2406.02507); 1 is without it. Its difference is added to those of the conditions."""
     two_passes: bool = False
     """Run the conditional and the unconditional batch one after the other: slower, half the memory."""
     after_sigma: float | None = Field(default=None, gt=0)
@@ -123,17 +126,31 @@ class _PreviousEstimate:
     estimate: Tensor | None = None
 
 
-def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, threshold: Threshold) -> GuidedDenoiser:
+def guided(
+    denoiser: Denoiser,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    threshold: Threshold,
+    guide: Denoiser | None = None,
+) -> GuidedDenoiser:
     """A function of (x, sigma) alone, for one run of a sampler: guidance first, then the threshold.
 
     Conditions are dropped one after the other, in the order text, transcription, labels, image_embed, low_res. The
     difference that dropping a condition makes gets its weight: D = D_none + sum of w_i (D_with_i - D_without_i), where
     the conditions after i are still there. Terms whose weights cancel are not computed: with all weights 1 the network
-    runs once.
+    runs once. Autoguidance of weight w adds (w - 1) (D - D_guide), both with all conditions.
+
+    Args:
+        guide: reads the same conditions in the same form; needed for autoguidance.
+    Raises:
+        ValueError: autoguidance without a guide.
     """
+    if guidance.autoguidance != 1 and guide is None:
+        raise ValueError(f"guidance.autoguidance is {guidance.autoguidance:g}, but there is no guide; give one")
     length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
     within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
     self_conditioning, previous = denoiser.config.network.self_conditioning, _PreviousEstimate()
+    remembers = self_conditioning or (guide is not None and guide.config.network.self_conditioning)
 
     def output(x: Tensor, level: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
         learns = is_learned(denoiser.config.diffusion.variance)
@@ -143,7 +160,7 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         return threshold(estimate, length)
 
     def unclipped(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        terms = within if guidance.applies(sigma) else outside
+        terms = within if (applies := guidance.applies(sigma)) else outside
         if self_conditioning and previous.estimate is not None:
             terms = [(weight, replace(condition, estimate=previous.estimate)) for weight, condition in terms]
         level = sigma.to(x).expand(len(x))
@@ -159,15 +176,25 @@ def guided(denoiser: Denoiser, conditioning: Conditioning, guidance: Guidance, t
         total = torch.zeros_like(x)
         for (weight, _), estimate in zip(terms, estimates, strict=True):
             total = total + weight * estimate
-        if self_conditioning:
+        if guide is not None and applies and guidance.autoguidance != 1:
+            total = total + (1 - guidance.autoguidance) * _of_guide(guide, x, level, conditioning, previous)
+        if remembers:
             previous.estimate = clip(total)
         return total, channels
 
     return GuidedDenoiser(unclipped, denoiser.config.diffusion, clip)
 
 
+def _of_guide(
+    guide: Denoiser, x: Tensor, level: Tensor, conditioning: Conditioning, previous: _PreviousEstimate
+) -> Tensor:
+    if guide.config.network.self_conditioning:
+        conditioning = replace(conditioning, estimate=previous.estimate)
+    return guide(x, level, conditioning)
+
+
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:
-    """The denoiser's inputs, each with its weight in the sum; without those of weight 0."""
+    """The denoiser's inputs, each with its weight in the sum; without those of weight 0, unless all are."""
     terms: list[tuple[float, Conditioning]] = []
     current, before = conditioning, 0.0
     for condition in _ORDER:
@@ -177,4 +204,6 @@ def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, 
         terms.append((weight - before, current))
         current, before = current.without(condition), weight
     terms.append((1 - before, current))
-    return [(weight, condition) for weight, condition in terms if weight != 0]
+    first, everything = terms[0]
+    terms[0] = (first + guidance.autoguidance - 1, everything)
+    return [(weight, condition) for weight, condition in terms if weight != 0] or terms[:1]

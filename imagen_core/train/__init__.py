@@ -1,6 +1,6 @@
 """Training of one stage from a store."""
 
-from imagen_core.train.checkpoints.checkpoint import LoadedDenoiser, load_checkpoint
+from imagen_core.train.checkpoints.load import LoadedDenoiser, load_checkpoint
 from imagen_core.train.components import EmaConfig, OptimizerConfig, ParameterGroup
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.online import OnlineEncoder

@@ -71,7 +71,8 @@ class InitFromConfig(Config):
     path: str = Field(min_length=1)
     """Run folder or checkpoint folder of the other training, or a file of `pipeline export`."""
     weights: str | None = None
-    """Which of its weights: `model`, or an average such as `ema-0.9999`; null: the slowest average."""
+    """Which of its weights: `model`, an average such as `ema-0.9999`, or one rebuilt from snapshots such as
+    `power-0.07`; null: the slowest average."""
     mismatch: Literal["error", "skip", "grow"] = "error"
     """Tensors that only one of the two models has, or that differ in shape: refuse; skip: leave them random; grow: as
     skip, but a smaller tensor becomes the first part of the larger one. Its outputs read nothing new, and what is new
@@ -144,6 +145,8 @@ class ParameterGroup(Config):
     """Learning rate after warm-up, which follows the schedule of the others; null: the optimizer's."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of matrices and kernels; null: the optimizer's."""
+    optimizer: Literal["adamw", "muon"] | None = default_field(None)
+    """With kind=muon: muon for all matrices of the group, or adamw for all of it; null: as the rule of kind says."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParameterGroup":
@@ -154,9 +157,25 @@ class ParameterGroup(Config):
         return self
 
 
-class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019), and its learning rate over time."""
+class MuonConfig(Config):
+    """Muon (Jordan et al. 2024), as torch computes it: the momentum of each matrix, orthogonalised."""
 
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the running mean of gradients (Nesterov's)."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Multiplies the learning rate of an (m, n) matrix: match_rms_adamw, by 0.2 sqrt(max(m, n)), so that updates are
+    as large as AdamW's, and its learning rate and decay serve both (Liu et al. 2025, arXiv 2502.16982); original, by
+    sqrt(max(1, m / n))."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019), or Muon and AdamW, and the learning rate over time."""
+
+    kind: Literal["adamw", "muon"] = default_field("adamw")
+    """muon: Muon for the matrices of linear layers in the network's blocks, AdamW for the rest: convolutions, norms,
+    biases, embeddings, and all before the first and behind the last block."""
+    muon: MuonConfig = default_field(MuonConfig())
+    """kind=muon: Muon's settings."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -167,12 +186,17 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices and kernels; biases and norms have none."""
     warmup_steps: int = Field(default=10_000, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """Learning rate after warm-up; wsd (warmup-stable-decay): constant, and a decay over the last steps alone. The
+    checkpoint before that decay is written and stays, so that the training can be continued from there."""
     decay_steps: int | None = Field(default=None, ge=1)
-    """Step at which cosine decay ends; null: num_steps."""
+    """Step at which the decay of cosine and wsd ends; null: num_steps."""
+    decay_fraction: float = default_field(0.2, gt=0, le=1)
+    """wsd: part of the steps up to the end of the decay that it takes."""
+    decay_shape: Literal["linear", "one_minus_sqrt"] = default_field("linear")
+    """wsd: the decay over its part p = 0..1: 1 - p, or 1 - sqrt(p) (Hägele et al. 2024, arXiv 2405.18392)."""
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Learning rate at the end of cosine decay, as a fraction of lr."""
+    """Learning rate at the end of the decay, as a fraction of lr."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     groups: tuple[ParameterGroup, ...] = ()
@@ -186,6 +210,13 @@ class OptimizerConfig(Config):
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas: each must be in [0, 1) (got {beta})")
+        if self.kind != "muon":
+            named = [number for number, group in enumerate(self.groups) if group.optimizer is not None]
+            if named or self.muon != MuonConfig():
+                option = f"groups.{named[0]}.optimizer" if named else "muon"
+                raise ValueError(f"{option}: is for kind=muon (got kind={self.kind}); leave it out, or set kind=muon")
+        elif self.on_cpu:
+            raise ValueError("on_cpu: is for kind=adamw; Muon's momentum, 4 bytes per parameter, stays on the device")
         return self
 
 
@@ -196,6 +227,13 @@ class EmaConfig(Config):
     """Decay of each average. All start as the plain mean of the weights so far, until the decay is reached."""
     every_steps: int = Field(default=1, ge=1)
     """Steps between updates."""
+    profiles: tuple[Annotated[float, Field(gt=0, le=0.28)], ...] = default_field(())
+    """Further averages, of power-function profiles (Karras et al. 2024, arXiv 2312.02696): the standard deviation of
+    each as a part of the training so far, sigma_rel, at most 0.28. From snapshots of two, such as [0.05, 0.1], any
+    length about them is rebuilt after the training, as weights `power-0.07`."""
+    snapshot_every_steps: int | None = default_field(None, ge=1)
+    """Steps between snapshots of `profiles`, which all stay, in OUT/snapshots; the last step has one too. Each takes 2
+    bytes per parameter and profile; 20 to 100 in a training are enough."""
     on_cpu: bool = False
     """Keep them in main memory: frees 4 bytes per parameter and average on the GPU, and each update copies the
     weights. Set every_steps to 10 or so to make it cheap."""
@@ -207,6 +245,13 @@ class EmaConfig(Config):
                 raise ValueError(f"rates: each must be in [0, 1) (got {rate})")
         if len(set(self.rates)) != len(self.rates):
             raise ValueError(f"rates: each once (got {self.rates})")
+        if len(set(self.profiles)) != len(self.profiles):
+            raise ValueError(f"profiles: each once (got {self.profiles})")
+        if bool(self.profiles) != (self.snapshot_every_steps is not None):
+            raise ValueError(
+                f"profiles are {list(self.profiles)} and snapshot_every_steps is {self.snapshot_every_steps}: set both"
+                ", or neither"
+            )
         return self
 
 

@@ -235,6 +235,10 @@ class TrainConfig(Config):
 
     def _check_lora(self) -> None:
         """Refuses an adapter of weights that a resumed training would not find again."""
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer.kind: muon orthogonalises whole matrices, and an adapter's are factors of one; use adamw"
+            )
         if self.lora is not None and self.init_from is None:
             raise ValueError("lora: is an adapter of a trained model; name it as init_from.path")
         if self.lora is not None and self.init_from is not None and self.init_from.mismatch != "error":

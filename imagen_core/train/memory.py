@@ -12,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 from imagen_core.diffusion import Denoiser, DenoiserConfig, PriorConfig
 from imagen_core.models import Conditioning
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.lora.adapter import add_new_adapter, saved_parameters
 from imagen_core.train.lora.config import LoraConfig
+from imagen_core.train.optimizer import num_muon_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class MemoryEstimate:
     """Float32, with those of an adapter."""
     gradients: int
     optimizer: int
-    """Adam's two moments, float32; 0 where they are in main memory."""
+    """Adam's two moments, or Muon's one, float32; 0 where they are in main memory."""
     averages: int
     """The moving averages of the weights that are trained, float32."""
     activations: int
@@ -45,7 +47,7 @@ def estimate_memory(
     num_averages: int,
     num_shards: int,
     lora: LoraConfig | None = None,
-    moments_on_cpu: bool = False,
+    optimizer: OptimizerConfig | None = None,
 ) -> MemoryEstimate:
     """Estimates the memory of a training step with float32 weights.
 
@@ -55,26 +57,31 @@ def estimate_memory(
         bytes_per_activation: 2 under bfloat16 autocast, 4 for float32, 8 for float64.
         num_shards: processes that share weights, gradients and optimizer states (1 without FSDP).
         lora: the adapter that is trained; None: all weights are.
-        moments_on_cpu: optimizer.on_cpu.
+        optimizer: None: AdamW.
     Raises:
-        TrainError: the adapter does not fit the model, or peft is not installed.
+        TrainError: the adapter or a group of the optimizer does not fit the model, or peft is not installed.
     """
-    parameters, changed, activations = _count(config, lora, shape, num_tokens)
+    optimizer = optimizer or OptimizerConfig()
+    parameters, changed, muon, activations = _count(config, lora, optimizer, shape, num_tokens)
     trained = -(-changed * 4 // num_shards)
     return MemoryEstimate(
         weights=-(-parameters * 4 // num_shards),
         gradients=trained,
-        optimizer=0 if moments_on_cpu else 2 * trained,
+        optimizer=0 if optimizer.on_cpu else -(-(2 * changed - muon) * 4 // num_shards),
         averages=num_averages * trained,
         activations=activations * bytes_per_activation * micro_batch_size,
     )
 
 
 def _count(
-    config: DenoiserConfig | PriorConfig, lora: LoraConfig | None, shape: tuple[int, int] | None, num_tokens: int
-) -> tuple[int, int, int]:
-    """Parameters, those that are trained, and values kept for the backward pass of one image: from a run on tensors
-    without data."""
+    config: DenoiserConfig | PriorConfig,
+    lora: LoraConfig | None,
+    optimizer: OptimizerConfig,
+    shape: tuple[int, int] | None,
+    num_tokens: int,
+) -> tuple[int, int, int, int]:
+    """Parameters, those that are trained, those of Muon, and values kept for the backward pass of one image: from a
+    run on tensors without data."""
     kept: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
@@ -94,8 +101,9 @@ def _count(
             alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)
         del alive
-        trained = saved_parameters(denoiser).values()
-        return sum(p.numel() for p in net.parameters()), sum(p.numel() for p in trained), total
+        trained = sum(p.numel() for p in saved_parameters(denoiser).values())
+        muon = num_muon_parameters(denoiser, optimizer) if optimizer.kind == "muon" else 0
+        return sum(p.numel() for p in net.parameters()), trained, muon, total
 
 
 def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:

@@ -13,21 +13,19 @@ from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
 from imagen_core.sealed import write_sealed
 from imagen_core.store import Store
-from imagen_core.train.checkpoints.checkpoint import (
-    LoadCheckpoint,
-    checkpoints,
-    load_local,
-    read_state,
-    refuse_other,
-)
+from imagen_core.train.averages.ema import WeightAverages
+from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, refuse_other
 from imagen_core.train.checkpoints.init_from import Start, initialize_from
 from imagen_core.train.checkpoints.kept import (
     best_checkpoints,
     newest_checkpoint,
     record_validation,
+    remove_later,
     remove_old,
     validation_losses,
 )
+from imagen_core.train.checkpoints.load import LoadCheckpoint, load_local
+from imagen_core.train.checkpoints.rebuild import SNAPSHOTS
 from imagen_core.train.checkpoints.state import TrainState
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.context import TrainingContext
@@ -38,14 +36,13 @@ from imagen_core.train.data.randomness import RandomStream, mix
 from imagen_core.train.data.store import UnreadableError, agree, opened_again, store_lost, trained_shapes
 from imagen_core.train.data.stores import open_stores, resumed_state
 from imagen_core.train.data.stream import BatchStream
-from imagen_core.train.ema import WeightAverages
 from imagen_core.train.errors import StoreLostError, TrainError, TrainingStopped
 from imagen_core.train.evaluation import sample_grid, similarities, validation_metrics
 from imagen_core.train.logs import METRICS, Loggers, last_values
 from imagen_core.train.lora.adapter import add_new_adapter
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.meter import Meter, OnProgress, TrainingProgress, peak_memory
-from imagen_core.train.optimizer import make_optimizer
+from imagen_core.train.optimizer import decay_start, make_optimizer
 from imagen_core.train.parallel.precision import LossScale, kernel_settings, weights_dtype
 from imagen_core.train.parallel.world import World, joined_world
 from imagen_core.train.parallel.wrap import is_sharded, parallelize
@@ -116,7 +113,9 @@ def train(
         state = TrainState(
             denoiser,
             make_optimizer(denoiser, config.optimizer),
-            WeightAverages(denoiser, config.ema.rates, "cpu" if config.ema.on_cpu else None),
+            WeightAverages(
+                denoiser, config.ema.rates, "cpu" if config.ema.on_cpu else None, profiles=config.ema.profiles
+            ),
             NoiseLevelSampler(config),
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
@@ -127,6 +126,7 @@ def train(
             saved["loader"] = resumed_state(saved["loader"], saved["config"], config)
             state.load(found, saved)
         if world.is_main:
+            remove_later(out / SNAPSHOTS, state.step)
             start = training_start(context, state.step, saved and saved.get("config"))
             if state.step < config.num_steps:
                 record_start(out, start)
@@ -178,6 +178,7 @@ class TrainingRun:
         """`records`: what checkpoints keep besides: the `encoder_records`, and the adapter."""
         self._check = check or (lambda: None)
         self._saved_step = state.step
+        self._decay_start = decay_start(context.config.optimizer, context.config.num_steps)
         self.context, self.out, self.state, self.loggers, self.records = context, out, state, loggers, records
         self.config, self.world = context.config, context.world
         self.last: dict[str, Any] = {}
@@ -214,7 +215,9 @@ class TrainingRun:
                     self._log(meter, stream.waited_s, batch.epochs, on_progress)
                     meter = Meter(stream.waited_s)
                 with meter.paused():
-                    if step % config.checkpoints.every_steps == 0 or last or stopping:
+                    if config.ema.snapshot_every_steps and (step % config.ema.snapshot_every_steps == 0 or last):
+                        self._save_snapshot()
+                    if step % config.checkpoints.every_steps == 0 or step == self._decay_start or last or stopping:
                         checkpoint = self._save(loader_state)  # before what takes long: a kill may follow a stop
                     if stopping and not last:
                         raise TrainingStopped(f"stopped after step {step}, and saved its checkpoint")
@@ -316,10 +319,10 @@ class TrainingRun:
     @contextmanager
     def _evaluating(self, *, averaged: bool) -> Iterator[None]:
         """Within this block the model is in eval mode, with its slowest average of weights if `averaged`."""
-        rates = self.config.ema.rates
+        averages = self.state.averages
         self.context.denoiser.eval()
         try:
-            with self.state.averages.applied(max(rates)) if averaged and rates else nullcontext():
+            with averages.applied(averages.slowest) if averaged and averages.slowest else nullcontext():
                 yield
         finally:
             self.context.denoiser.train()
@@ -346,22 +349,25 @@ class TrainingRun:
             write_png(self._grid(self.state.step), pixels)
             self.loggers.image(self.state.step, "grid", pixels)
 
+    def _record(self, loader_state: dict[str, Any] | None) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state."""
+        store = next(iter(self.context.stores.values()))  # those of a mixture have the same shapes
+        return {
+            "loader": loader_state,
+            "denoiser": _json(self.config.denoiser),
+            **self.records,
+            "shapes": [list(shape) for shape in trained_shapes(store, self.config)],
+            "config": _json(self.config),
+            "torch": torch.__version__,
+        }
+
+    def _save_snapshot(self) -> None:
+        folder = self.out / SNAPSHOTS
+        self.state.save_snapshot(folder, self._record(None), writes=self.world.is_main, check=self._check)
+
     def _save(self, loader_state: dict[str, Any] | None) -> Path | None:
         folder = self.out / "checkpoints"
-        store = next(iter(self.context.stores.values()))  # those of a mixture have the same shapes
-        path = self.state.save(
-            folder,
-            {
-                "loader": loader_state,
-                "denoiser": _json(self.config.denoiser),
-                **self.records,
-                "shapes": [list(shape) for shape in trained_shapes(store, self.config)],
-                "config": _json(self.config),
-                "torch": torch.__version__,
-            },
-            writes=self.world.is_main,
-            check=self._check,
-        )
+        path = self.state.save(folder, self._record(loader_state), writes=self.world.is_main, check=self._check)
         self._saved_step = self.state.step
         self._keep()
         return path
@@ -374,9 +380,9 @@ class TrainingRun:
         """
         folder, config = self.out / "checkpoints", self.config.checkpoints
         if self.world.is_main and loss is None:
-            remove_old(folder, config.keep, config.keep_best)
+            remove_old(folder, config.keep, config.keep_best, keep_step=self._decay_start)
         elif self.world.is_main and loss is not None:
-            record_validation(folder, self.state.step, loss, config.keep, config.keep_best)
+            record_validation(folder, self.state.step, loss, config.keep, config.keep_best, self._decay_start)
         self.world.wait()
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:

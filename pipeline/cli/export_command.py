@@ -30,7 +30,7 @@ To = Annotated[
     typer.Option(help=f"Export a cascade, to diffusers; an adapter alone, to lora; or a store, to {_STORE_TARGETS}."),
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="`model`, or an average such as ema-0.9999. Default: the slowest average.")
+    str | None, typer.Option(help="`model`, or an average: ema-0.9999, power-0.07. Default: the slowest average.")
 ]
 SamplingConfig = Annotated[
     str | None,

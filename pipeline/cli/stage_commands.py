@@ -139,7 +139,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     weights: Annotated[
         str | None,
-        typer.Option(help="Of a training: `model`, or an average such as ema-0.9999. Default: the slowest average."),
+        typer.Option(help="Of a training: `model`, or an average: ema-0.9999, power-0.07. Default: the slowest one."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

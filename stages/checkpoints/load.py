@@ -3,11 +3,13 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from imagen_core.text_batch import each_encoder
 from imagen_core.train import CheckpointError, LoadedDenoiser, LoraUseConfig, load_checkpoint
-from imagen_core.train.checkpoints.checkpoint import SHARED
+from imagen_core.train.averages.power import POWER
+from imagen_core.train.checkpoints.load import SHARED
+from imagen_core.train.checkpoints.rebuild import SNAPSHOTS
 from pipeline.storage import LocalStorage
 from pipeline.storage.open import open_storage
 
@@ -39,12 +41,42 @@ def load_checkpoint_from(place: str, weights: str | None, lora: LoraUseConfig | 
         raise CheckpointError(
             f"{place}: has no checkpoint; give the --out of a `pipeline run train`, or a step folder"
         )
+    if weights is not None and weights.startswith(POWER):
+        return _with_snapshots(place.rstrip("/"), folder, weights, lora)
     local = storage.new_folder()
     try:
         for name in names:
             if name.startswith(folder) and "optimizer" not in name:
                 storage.copy(name).replace(local / Path(name).name)
         return _loaded(local, f"{place.rstrip('/')}/{folder}".rstrip("/"), weights, lora)
+    finally:
+        shutil.rmtree(local)
+
+
+def _with_snapshots(root: str, folder: str, weights: str, lora: LoraUseConfig | None) -> LoadedDenoiser:
+    """A checkpoint whose average may have to be rebuilt: it and the snapshots are copied as they lie in the run.
+
+    Args:
+        root: the run, or the checkpoint's folder, which is two levels below the run.
+        folder: the checkpoint in the run; empty if it is `root`.
+    """
+    if not folder:
+        root, kind, step = root.rsplit("/", 2)
+        folder = f"{kind}/{step}/"
+    storage = open_storage(root)
+    local = storage.new_folder()
+    try:
+        for name in storage.walk():
+            needed = PurePosixPath(name).name.startswith((POWER, _STATE))
+            if needed and name.startswith((folder, f"{SNAPSHOTS}/step-")):
+                target = local / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                storage.copy(name).replace(target)
+        try:
+            loaded = load_checkpoint(local / folder, weights, lora, load_checkpoint_from)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(local), root)) from error
+        return replace(loaded, place=f"{root}/{folder}".rstrip("/"))
     finally:
         shutil.rmtree(local)
 

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from imagen_core.config import default_field
+from imagen_core.train.averages.power import LONGEST
 from pipeline.config import Config
 from stages.evaluation.features.clip import ClipFeatures
 from stages.evaluation.features.image_sets import AnyImageSet, FeatureFiles
@@ -33,7 +35,14 @@ class EvaluateConfig(Config):
     """Weights of captions, labels and image embeddings to compare; each gets its own folder of images. Empty: as
     `sample.stages` say."""
     guidance_of: Literal["all", "first"] = "all"
-    """The stages that `guidance` is for: all, or only the first, as in the figures of Imagen."""
+    """The stages that `guidance` and `autoguidance` are for: all, or only the first, as in the figures of Imagen."""
+    autoguidance: tuple[float, ...] = default_field(())
+    """Weights of stages against their `guide` to compare; empty: as `sample.stages` say."""
+    sigma_rel: tuple[float, ...] = default_field(())
+    """Lengths of the averages of the weights to compare, which are rebuilt from a training's snapshots; empty: the
+    weights that `sample.stages` name. Of several sweeps all combinations are made."""
+    sigma_rel_of: Literal["all", "first"] = default_field("all")
+    """The stages whose averages `sigma_rel` is for: all, or only the first."""
     size_px: int | None = Field(default=None, ge=1)
     """Which of the generated sizes to evaluate; null: the last stage's."""
     generated: AnyImageSet | None = None
@@ -59,10 +68,15 @@ class EvaluateConfig(Config):
     def _check(self) -> "EvaluateConfig":
         if (self.sample is None) == (self.generated is None):
             raise ValueError("give one of sample and generated")
-        if self.sample is None and self.guidance:
-            raise ValueError("guidance is for images to generate; give sample, or leave guidance out")
-        if len(set(self.guidance)) < len(self.guidance):
-            raise ValueError(f"guidance: each weight once (got {list(self.guidance)})")
+        for name in ("guidance", "autoguidance", "sigma_rel"):
+            values = getattr(self, name)
+            if self.sample is None and values:
+                raise ValueError(f"{name} is for images to generate; give sample, or leave {name} out")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: each value once (got {list(values)})")
+        for sigma_rel in self.sigma_rel:
+            if not 0 < sigma_rel <= LONGEST:
+                raise ValueError(f"sigma_rel: each must be above 0 and at most {LONGEST} (got {sigma_rel:g})")
         without_features = [
             name
             for name, images in (("generated", self.generated or self.sample), ("reference", self.reference))

@@ -46,7 +46,7 @@ class LikelihoodConfig(Config):
     checkpoint: str
     """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
     weights: str | None = None
-    """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
+    """`model`, an average such as `ema-0.9999`, or a rebuilt one such as `power-0.07`; null: the slowest average."""
     store: str
     """Folder or URL of the store. With captions if the model reads them, by the encoder it was trained on."""
     first_image: int = Field(default=0, ge=0)

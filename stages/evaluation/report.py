@@ -8,6 +8,7 @@ from pipeline.storage.files import write_json, write_text
 from stages.figures import svg
 
 TABLE, RESULTS, PLOT = "results.md", "results.json", "distance-clip.svg"
+_SWEPT = ("sigma_rel", "guidance", "autoguidance")
 _COLUMNS = (
     ("kernel_distance", "KD", "{:.5f}", "kernel_distance_std"),
     ("precision", "precision", "{:.3f}", None),
@@ -74,19 +75,24 @@ def _cell(row: Mapping[str, Any], key: str, title: str, form: str, error: str | 
     return form.format(row[key]) + ("" if error is None or error not in row else " ± " + form.format(row[error]))
 
 
+def _label(row: Mapping[str, Any], swept: Sequence[str]) -> str:
+    return ", ".join(f"{row[name]:g}" for name in swept)
+
+
 def _plot(path: Path, rows: Sequence[Mapping[str, Any]], features_model: str | None, clip_model: str | None) -> None:
     """The distance against the CLIP score, with a labelled point per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
+    swept = [name for name in _SWEPT if name in rows[0]]
     scores, distances = ([row[key] for row in rows] for key in ("clip_score", "frechet_distance"))
     axes.plot(scores, distances, marker="o", color="#3b6ea5")
     for row, score, distance in zip(rows, scores, distances, strict=True):
-        axes.annotate(f"{row['guidance']:g}", (score, distance), xytext=(5, 5), textcoords="offset points")
+        axes.annotate(_label(row, swept), (score, distance), xytext=(5, 5), textcoords="offset points")
     axes.set_xlabel("CLIP score" + (f" ({clip_model})" if clip_model else ""))
     axes.set_ylabel(distance_name(features_model))
-    axes.set_title("guidance weights", fontsize=10)
+    axes.set_title("guidance weights" if swept == ["guidance"] else ", ".join(swept), fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     write_text(path, svg(figure))

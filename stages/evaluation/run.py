@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
-from imagen_core.cascade import Cascade
 from pipeline.errors import ConfigError
 from pipeline.job import Job
 from stages.evaluation.checks import Opened, check_models, check_sets, expected_images, opened
@@ -13,21 +11,21 @@ from stages.evaluation.features.gather import FeatureCache, FeatureSet, gather
 from stages.evaluation.features.image_sets import ImageSet, image_files, image_samples
 from stages.evaluation.metrics import compute_metrics
 from stages.evaluation.report import write_report
+from stages.evaluation.sweep import sweep
 from stages.sampling.caption_sets import StoreCaptions
 from stages.sampling.config import SampleConfig, SampleStageConfig
 from stages.sampling.outputs import ImageFolder
 from stages.sampling.requests import ImageRequest, process_share
 from stages.sampling.run import claim_folder, prepare, sample_into
-
-_SWEPT = frozenset({"text", "labels", "image_embed"})
+from stages.sampling.session import SamplingSession
 
 
 def evaluate(config: EvaluateConfig, job: Job) -> Mapping[str, object]:
     """Samples what is missing, then writes `results.json`, `results.md` and, for several weights, a plot.
 
-    Images are in `generated/`, or in one `guidance-WEIGHT/` per weight, as `pipeline run sample` writes them; features
-    are kept in `features/`. Of several processes all sample, and the first one computes the metrics once all images
-    are there.
+    Images are in `generated/`, or in one folder such as `guidance-WEIGHT/` per point of a sweep, as `pipeline run
+    sample` writes them; features are kept in `features/`. Of several processes all sample, and the first one computes
+    the metrics once all images are there.
 
     Raises:
         ConfigError: unusable settings, images or checkpoints.
@@ -55,14 +53,14 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
     cache = FeatureCache(root / "features")
     compared = None if reference is None else _features("reference", reference, config, cache)
     rows: list[Mapping[str, object]] = []
-    features = None
+    features, settings = None, sweep(config)
     for number, (name, images) in enumerate(sets.items()):
         if job.should_stop():
             return summary
         job.lines.show(f"{name}: features")
         features = _features(name, images, config, cache, originals)
-        weight = {"guidance": config.guidance[number]} if config.guidance else {}
-        rows.append({"name": name, **weight, **compute_metrics(features, compared, config)})
+        swept = settings[number].values if config.sample is not None else {}
+        rows.append({"name": name, **swept, **compute_metrics(features, compared, config)})
     label = next((s.label for s in (features, compared) if s is not None and s.label is not None), None)
     clip = None if config.clip is None else config.clip.label
     job.check()
@@ -73,61 +71,52 @@ def _evaluate(config: EvaluateConfig, job: Job, root: Path) -> Mapping[str, obje
 def _sample(
     config: EvaluateConfig, sample: SampleConfig, job: Job, root: Path, reference: Opened | None
 ) -> tuple[Mapping[str, Opened], ImageSet | None, dict[str, object]]:
-    """Samples into a folder per guidance weight, or into one; checkpoints are loaded and prompts encoded once.
+    """Samples into a folder per point of the sweep, or into one; prompts are encoded once, and checkpoints loaded once
+    but for lengths of averages.
 
     All folders, and whether the metrics can be computed, are checked before the first image.
 
     Returns:
         The images by name, if none is missing; what LPIPS compares them with; and the summary.
     """
+    points, last_px = sweep(config), sample.output.size_px
+    sample = points[0].with_weights(sample)
     requests, session = prepare(sample)
     sizes = sample.output.written_px(session.cascade.sizes_px)
     if config.size_px not in (None, *sizes):
         raise ConfigError(f"size_px: no images of {config.size_px} px are generated; the stages generate {sizes}")
     size = config.size_px or sizes[-1]
-    settings = {"generated": sample}
-    if config.guidance:
-        settings = {
-            f"guidance-{weight:g}": sample.model_copy(
-                update={"stages": with_guidance(sample.stages, session.cascade, weight, config.guidance_of)}
-            )
-            for weight in config.guidance
-        }
+    settings = {each.name: each.with_guidance(sample, session.cascade, config.guidance_of) for each in points}
     originals = None
     if config.lpips is not None:
         assert isinstance(sample.captions, StoreCaptions)
         originals = _originals(sample.captions, requests, size)
     check_sets(config, dict.fromkeys(settings, expected_images(requests, session.cascade, size)), reference, originals)
     folders = {name: ImageFolder(root / name, requests, sizes) for name in settings}
+    loaded = _Loaded(session, sample.stages, last_px)
     for name, each in settings.items():
-        claim_folder(folders[name], each, session.with_stages(each.stages), job, name)
+        claim_folder(folders[name], each, loaded.of(each.stages), job, name)
     summaries = {
-        name: sample_into(folders[name], each, session.with_stages(each.stages), job, name)
-        for name, each in settings.items()
+        name: sample_into(folders[name], each, loaded.of(each.stages), job, name) for name, each in settings.items()
     }
     missing = sum(len(folder.missing()) for folder in folders.values())
     sets = {} if missing else {name: _generated_images(folder, size) for name, folder in folders.items()}
     return sets, originals, {"sampled": summaries, "missing": missing}
 
 
-def with_guidance(
-    stages: Sequence[SampleStageConfig], cascade: Cascade, weight: float, of: Literal["all", "first"]
-) -> tuple[SampleStageConfig, ...]:
-    """The stages with another weight of captions, labels and image embeddings: `all` that read them, or the `first`.
+class _Loaded:
+    """The session with the weights of some stages; those of one point of the sweep at a time."""
 
-    Raises:
-        ConfigError: no stage reads any of them.
-    """
-    chosen = cascade.stages if of == "all" else cascade.stages[:1]
-    if not any(stage.conditions & _SWEPT for stage in chosen):
-        raise ConfigError("guidance: no stage reads captions, labels or image embeddings; leave it out")
-    changed = list(stages)
-    for number, stage in enumerate(chosen):
-        sampling = changed[number].sampling
-        guidance = sampling.guidance.model_copy(update=dict.fromkeys(_SWEPT & stage.conditions, weight))
-        sampling = sampling.model_copy(update={"guidance": guidance})
-        changed[number] = changed[number].model_copy(update={"sampling": sampling})
-    return tuple(changed)
+    def __init__(self, session: SamplingSession, stages: Sequence[SampleStageConfig], last_px: int | None):
+        self._session, self._last_px = session, last_px
+        self._weights = [stage.weights for stage in stages]
+
+    def of(self, stages: Sequence[SampleStageConfig]) -> SamplingSession:
+        """The session that samples as these stages say."""
+        weights = [stage.weights for stage in stages]
+        if weights != self._weights:
+            self._session, self._weights = self._session.with_weights(stages, self._last_px), weights
+        return self._session.with_stages(stages)
 
 
 def _computes_metrics(sample: SampleConfig) -> bool:

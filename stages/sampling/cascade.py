@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from imagen_core.cascade import Cascade, CascadeStage
@@ -10,7 +11,7 @@ from imagen_core.train import LoadedDenoiser, TrainError
 from pipeline.errors import ConfigError
 from stages.checkpoints.load import load_checkpoint_from, origin
 from stages.encoders.identity import record_changes
-from stages.sampling.config import SampleStageConfig
+from stages.sampling.config import GuideConfig, SampleStageConfig
 
 _IMPORTED = 0
 """The step of a checkpoint of another system."""
@@ -24,6 +25,8 @@ class LoadedCascade:
 
     cascade: Cascade
     checkpoints: Sequence[LoadedDenoiser]
+    guides: Sequence[LoadedDenoiser | None] = ()
+    """Of each stage, if any has one."""
 
     @property
     def text_embed_encoder(self) -> Mapping[str, Any] | None:
@@ -33,7 +36,8 @@ class LoadedCascade:
     @property
     def origins(self) -> list[dict[str, object]]:
         """Which checkpoint each stage is from."""
-        return [origin(checkpoint) for checkpoint in self.checkpoints]
+        pairs = zip_longest(self.checkpoints, self.guides)
+        return [origin(stage) | ({} if guide is None else {"guide": origin(guide)}) for stage, guide in pairs]
 
 
 def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None) -> LoadedCascade:
@@ -44,6 +48,7 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
     """
     built: list[CascadeStage] = []
     checkpoints: list[LoadedDenoiser] = []
+    guides: list[LoadedDenoiser | None] = []
     encoders: dict[str, Mapping[str, Any]] = {}
     several = False
     vectors: Mapping[str, Any] | None = None
@@ -76,13 +81,53 @@ def load_cascade(stages: Sequence[SampleStageConfig], last_px: int | None = None
             encoders.setdefault(one["name"], one)
         names = tuple(one["name"] for one in tokens)
         further = loaded.condition_images
-        built.append(CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes, names, further))
+        guide = None if stage.guide is None else _load_guide(stage.guide, loaded, f"stages.{number}.guide")
+        model = None if guide is None else guide.denoiser
+        built.append(
+            CascadeStage(loaded.denoiser, stage.sampling, loaded.max_tokens, loaded.shapes, names, further, model)
+        )
         checkpoints.append(loaded)
+        guides.append(guide)
     if last_px not in (None, built[-1].size_px):
         sizes = [stage.size_px for stage in built]
         raise ConfigError(f"output.size_px: no stage generates {last_px} px; the stages generate {sizes}")
     try:
         every = list(encoders.values())
-        return LoadedCascade(Cascade(built, every if several else next(iter(every), None)), checkpoints)
+        return LoadedCascade(Cascade(built, every if several else next(iter(every), None)), checkpoints, guides)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _load_guide(config: GuideConfig, stage: LoadedDenoiser, option: str) -> LoadedDenoiser:
+    """The guide of a stage, which reads the same embeddings as its model; the cascade checks the rest.
+
+    Raises:
+        ConfigError: it is missing, damaged, or was trained on others.
+    """
+    try:
+        guide = load_checkpoint_from(config.checkpoint, config.weights, config.lora)
+        guide.stage  # noqa: B018 - refuses a prior
+    except TrainError as error:
+        raise ConfigError(f"{option}.checkpoint: {error}") from error
+    changes = [
+        f"{name} {mine!r} -> {theirs!r}"
+        for name, mine, theirs in (
+            ("max_tokens", stage.max_tokens, guide.max_tokens),
+            ("condition_images", dict(stage.condition_images), dict(guide.condition_images)),
+        )
+        if mine != theirs and (name != "max_tokens" or stage.encoder is not None)
+    ]
+    encoders = [*zip_longest(each_encoder(stage.encoder), each_encoder(guide.encoder))]
+    names = sorted({*stage.embed_encoders, *guide.embed_encoders})
+    encoders += [(stage.embed_encoders.get(name), guide.embed_encoders.get(name)) for name in names]
+    for mine, theirs in encoders:
+        if mine is None or theirs is None:
+            changes.append(f"encoder {(mine or theirs or {})['name']} is read by one of the two alone")
+        else:
+            changes += record_changes(mine, theirs)
+    if changes:
+        raise ConfigError(
+            f"{option}.checkpoint: does not read what the stage's model reads: {'; '.join(changes[:5])}; take a guide "
+            "that was trained on the same embeddings"
+        )
+    return guide

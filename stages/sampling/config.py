@@ -17,15 +17,30 @@ Precision = Literal["float32", "bfloat16", "float16"]
 _ASPECT = re.compile(r"[1-9]\d{0,3}:[1-9]\d{0,3}")
 
 
+class GuideConfig(Config):
+    """A worse model of the same images, such as a smaller one or an earlier checkpoint, which guides a stage
+    (autoguidance); its weight is sampling.guidance.autoguidance."""
+
+    checkpoint: str
+    """Run folder of a training, or a checkpoint folder; a path or a URL."""
+    weights: str | None = None
+    """`model`, or an average, as of a stage; null: the slowest average."""
+    lora: LoraUseConfig | None = default_field(None)
+    """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
+
+
 class SampleStageConfig(Config):
     """One stage of the cascade."""
 
     checkpoint: str
     """Run folder of a training (its newest checkpoint is taken), or a checkpoint folder; a path or a URL."""
     weights: str | None = None
-    """`model`, or one of the averages such as `ema-0.9999`; null: the slowest average."""
+    """`model`, one of the averages such as `ema-0.9999`, or one of any length such as `power-0.07`, which is rebuilt
+    from the training's snapshots (ema.profiles); null: the slowest average."""
     lora: LoraUseConfig | None = default_field(None)
     """How the adapter of a training with `lora` is added to its base; null: merged, at full scale."""
+    guide: GuideConfig | None = default_field(None)
+    """A worse model that guides this one (autoguidance); null: none."""
     sampling: SamplingConfig = SamplingConfig()
     """How the stage samples."""
 

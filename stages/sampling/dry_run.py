@@ -23,7 +23,13 @@ def sampling_plan(config: SampleConfig) -> Mapping[str, object]:
         "shapes_of_last_stage": [
             list(cascade.shapes(shape)[-1]) for shape in dict.fromkeys(each.shape for each in requests) if shape
         ],
-        "parameters": sum(p.numel() for stage in cascade.stages for p in stage.denoiser.parameters()),
+        "parameters": sum(
+            p.numel()
+            for stage in cascade.stages
+            for model in (stage.denoiser, stage.guide)
+            if model is not None
+            for p in model.parameters()
+        ),
         "sampling_steps": sum(stage.sampling.num_steps for stage in cascade.stages),
         "checkpoint_steps": [checkpoint.step for checkpoint in loaded.checkpoints],
     }

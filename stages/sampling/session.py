@@ -47,6 +47,16 @@ class SamplingSession:
         changed = [replace(stage, sampling=new.sampling) for stage, new in pairs]
         return replace(self, cascade=Cascade(changed, self.cascade.encoder))
 
+    def with_weights(self, stages: Sequence[SampleStageConfig], last_px: int | None) -> "SamplingSession":
+        """The same encoders and prior with other weights of the stages, loaded; `last_px` as of `load_session`.
+
+        Raises:
+            ConfigError: there are no such weights.
+        """
+        loaded = load_cascade(stages, last_px)
+        of_prior = self.origins[len(self.cascade.stages) :]
+        return replace(self, cascade=loaded.cascade, origins=[*loaded.origins, *of_prior])
+
     def encode(self, requests: Sequence[ImageRequest]) -> None:
         """Encodes the prompts of images that will be generated; the encoders are loaded for it, and not kept.
 

@@ -34,10 +34,10 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             shape=max(shapes, key=lambda shape: shape[0] * shape[1], default=None),
             num_tokens=config.max_tokens,
             bytes_per_activation=_ACTIVATION_BYTES[config.precision],
-            num_averages=len(config.ema.rates),
+            num_averages=len(config.ema.rates) + len(config.ema.profiles),
             num_shards=1,
             lora=config.lora,
-            moments_on_cpu=config.optimizer.on_cpu,
+            optimizer=config.optimizer,
         )
     except TrainError as error:
         raise ConfigError(str(error)) from error
@@ -60,7 +60,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "weights_bytes": memory.weights,
         "gradients_bytes": memory.gradients,
         "optimizer_bytes": memory.optimizer,
-        "averages_bytes": memory.averages,
+        **_averages(config, memory.averages, trained),
         "activations_bytes": memory.activations,
         "memory_bytes": memory.total,
         "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
@@ -78,6 +78,16 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
+
+
+def _averages(config: TrainConfig, memory_bytes: int, trained: int) -> dict[str, object]:
+    """Memory of the averages; where there are snapshots of those by profile, their number and bytes on disk."""
+    every = config.ema.snapshot_every_steps
+    if every is None:
+        return {"averages_bytes": memory_bytes}
+    number = -(-config.num_steps // every)  # the last step has one too
+    disk_bytes = number * len(config.ema.profiles) * 2 * trained
+    return {"averages_bytes": memory_bytes, "snapshots": number, "snapshots_disk_bytes": disk_bytes}
 
 
 def _named(config: TrainConfig, now: str | dict[str, str]) -> dict[str, object]:

@@ -22,7 +22,7 @@ from imagen_core.train.data.example import make_example
 from imagen_core.train.data.store import open_store
 from imagen_core.train.evaluation import sample_grid, validation_metrics
 from pipeline.errors import ConfigError, StaleOutputError
-from stages.evaluation.run import with_guidance
+from stages.evaluation.sweep import with_guidance
 from stages.sampling.config import SampleConfig
 from stages.sampling.run import prepare
 from tests.commands import call, drops

@@ -2,92 +2,42 @@
 
     step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
                     noise_levels.safetensors, where the noise levels depend on the losses
+                    power-0.05.safetensors, power-0.1.safetensors ..., with ema.profiles
 
 Tensors are unsharded and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any
 other. state.json has each file's SHA-256, and ends with its own; checkpoints of earlier versions lack the latter.
 Where an adapter is trained, the tensors are the adapter's alone, and state.json names the base.
 """
 
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagen_core.differences import changed_fields
-from imagen_core.diffusion import AnyDenoiserConfig, Denoiser, DenoiserConfig, PriorConfig
+from imagen_core.diffusion import AnyDenoiserConfig, DenoiserConfig, PriorConfig
 from imagen_core.files import file_digest, fsync_path, make_folder, share
 from imagen_core.sealed import DamagedFileError, read_sealed, write_sealed
 from imagen_core.store import comparable_records, record_probe_differences
 from imagen_core.text_batch import each_encoder
 from imagen_core.train.checkpoints.record import StateRecord, wrong_fields
-from imagen_core.train.checkpoints.single_file import read_model
 from imagen_core.train.errors import CheckpointError, CheckpointMismatchError
-from imagen_core.train.lora.adapter import (
-    adapter_layers,
-    add_adapter,
-    load_adapter,
-    merge_adapter,
-    saved_parameters,
-)
-from imagen_core.train.lora.config import LoraUseConfig
 from imagen_core.train.lora.resume import refuse_other_adapter
 
 _FORMAT = 1
 FOLDER = re.compile(r"step-(\d{8,})")
 STATE = "state.json"
 """Written last into a checkpoint's folder, and removed first: a folder without it is no checkpoint."""
-SHARED = "model.safetensors"
-"""The file of `write_model` in a folder without checkpoints. A checkpoint's own file of this name has no
-configuration."""
 _DENOISER: TypeAdapter[DenoiserConfig | PriorConfig] = TypeAdapter(AnyDenoiserConfig)
 _MAY_CHANGE = ("unet.activation_checkpointing:", "unet.checkpointed_parts:")  # memory and time, not results
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedDenoiser:
-    """A trained stage, ready to sample.
-
-    Attributes:
-        encoder: name, dim, dtype and fingerprint of the embeddings it was trained on; a list of these, if it reads the
-            tokens of several encoders; None without captions.
-        embed_encoders: the same for `text_embed` and `image_embed`, where the model reads them.
-        weights: which weights these are: model, or ema-RATE.
-        sha256: of their file; with an adapter, of the base's and its own.
-        max_tokens: captions were truncated to it in training.
-        shapes: height and width of the images it was trained on, one for each aspect-ratio bucket; none where they are
-            not known (checkpoints of earlier versions, imports) or it is a prior.
-        place: the checkpoint's folder, or the file; a path or a URL.
-        condition_images: channels of each further image that it reads, by name.
-    """
-
-    denoiser: Denoiser
-    encoder: dict[str, Any] | list[dict[str, Any]] | None
-    embed_encoders: dict[str, dict[str, Any]]
-    step: int
-    weights: str
-    sha256: str
-    max_tokens: int
-    shapes: tuple[tuple[int, int], ...] = ()
-    place: str = ""
-    condition_images: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def stage(self) -> DenoiserConfig:
-        """The configuration of a model that generates images; CheckpointError for a prior."""
-        if not isinstance(self.denoiser.config, DenoiserConfig):
-            raise CheckpointError("it is a prior, which generates embeddings; give a model that generates images")
-        return self.denoiser.config
 
 
 def write_checkpoint(
@@ -144,7 +94,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return _state(path)
     except DamagedFileError as error:
-        raise CheckpointError(f"{error}; {_remedy(path)}") from error
+        raise CheckpointError(f"{error}; {remedy(path)}") from error
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -165,7 +115,7 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _remedy(path: Path) -> str:
+def remedy(path: Path) -> str:
     """What to do about a damaged checkpoint: names the newest one before it that is intact."""
     named = FOLDER.fullmatch(path.name)
     if named is None:
@@ -212,138 +162,9 @@ def read_tensors(path: Path, state: Mapping[str, Any], name: str) -> dict[str, T
         _check_file(file, state["files"][file.name])
         return load_file(file)
     except DamagedFileError as error:
-        raise CheckpointError(f"{error}; {_remedy(path)}") from error
+        raise CheckpointError(f"{error}; {remedy(path)}") from error
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{file}: is not safetensors ({error}); {_remedy(path)}") from error
-
-
-LoadCheckpoint = Callable[[str, str | None], LoadedDenoiser]
-"""(place of a checkpoint, which of its weights) -> the model."""
-
-
-def load_local(place: str, weights: str | None) -> LoadedDenoiser:
-    """`load_checkpoint` of a path."""
-    return load_checkpoint(Path(place), weights)
-
-
-def load_checkpoint(
-    path: Path,
-    weights: str | None = None,
-    lora: LoraUseConfig | None = None,
-    load_base: LoadCheckpoint = load_local,
-) -> LoadedDenoiser:
-    """A trained stage.
-
-    Args:
-        path: a checkpoint, a training's run folder (its newest checkpoint is loaded), a file of `write_model`, or a
-            folder with such a file `model.safetensors`, as `pipeline pull` makes it.
-        weights: "model", or an average such as "ema-0.9999"; None: the average with the largest rate.
-        lora: how the adapter is added to its base, where the checkpoint is one of an adapter; None: merged.
-        load_base: reads that base; the default reads local paths only.
-    Raises:
-        CheckpointError: there is none, it is damaged, or has no such weights; or `lora` is given for a model without
-            an adapter.
-        TrainError: peft is needed, and not installed.
-    """
-    if path.is_file():
-        if lora is not None:
-            raise CheckpointError(f"{path}: has no adapter; leave lora out")
-        return _load_file(path, weights)
-    if not (path / STATE).exists():
-        found = checkpoints(path / "checkpoints")
-        if not found and (path / SHARED).is_file() and not FOLDER.fullmatch(path.name):
-            return _load_file(path / SHARED, weights)
-        if not found:
-            raise CheckpointError(
-                f"{path}: has no checkpoint; give the --out of a `pipeline run train`, or a step-... folder"
-            )
-        path = found[-1]
-    state = read_state(path)
-    names = [name.removesuffix(".safetensors") for name in state["files"] if name.startswith(("model", "ema-"))]
-    averages = sorted((n for n in names if n.startswith("ema-")), key=lambda n: float(n.removeprefix("ema-")))
-    chosen = weights or (averages[-1] if averages else "model")
-    if chosen not in names:
-        raise CheckpointError(f"{path}: has no weights {chosen!r}; choose from {', '.join(sorted(names))}")
-    tensors, adapter = read_tensors(path, state, chosen), state.get("lora")
-    sha256, max_tokens = state["files"][f"{chosen}.safetensors"]["sha256"], state["config"]["max_tokens"]
-    if adapter is None:
-        if lora is not None:
-            raise CheckpointError(f"{path}: has no adapter; leave lora out")
-        denoiser = _built(path / STATE, state["denoiser"], tensors)
-    else:
-        base = _load_base(path, adapter["base"], lora, load_base)
-        denoiser = _with_adapter(path, base.denoiser, tensors, adapter, lora or LoraUseConfig())
-        sha256 = hashlib.sha256(f"{base.sha256} {sha256}".encode()).hexdigest()
-    encoders = state["encoder"], state.get("embed_encoders", {})
-    shapes = _shapes(state.get("shapes"))
-    place = os.path.abspath(path)
-    further = state["config"].get("condition_images", {})
-    return LoadedDenoiser(denoiser, *encoders, state["step"], chosen, sha256, max_tokens, shapes, place, further)
-
-
-def _load_base(
-    path: Path, record: Mapping[str, Any], lora: LoraUseConfig | None, load: LoadCheckpoint
-) -> LoadedDenoiser:
-    """The model that the adapter in `path` was trained on.
-
-    Raises:
-        CheckpointError: it is not where it was, or another model is there.
-    """
-    place = record["path"] if lora is None or lora.base is None else lora.base
-    remedy = f"give the place of the model of sha256 {record['sha256']} as lora.base"
-    try:
-        base = load(place, record["weights"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: the base of its adapter cannot be loaded: {error}; {remedy}") from error
-    if base.sha256 != record["sha256"]:
-        raise CheckpointError(
-            f"{path}: its adapter was trained on step {record['step']} of {record['path']}; {base.place} is another "
-            f"model, of sha256 {base.sha256}; {remedy}"
-        )
-    return base
-
-
-def _with_adapter(
-    path: Path, denoiser: Denoiser, tensors: Mapping[str, Tensor], record: Mapping[str, Any], use: LoraUseConfig
-) -> Denoiser:
-    """The base with the adapter of these tensors, for sampling."""
-    layers = adapter_layers(tensors)
-    if unknown := sorted({*layers} - {name for name, _ in denoiser.named_modules()}):
-        raise CheckpointError(f"{path}: its adapter has a layer {unknown[0]}, which its base has not; {_remedy(path)}")
-    add_adapter(denoiser, layers, rank=record["rank"], alpha=record["alpha"])
-    check_names(path, saved_parameters(denoiser), tensors)
-    load_adapter(denoiser, tensors, scale=use.scale)
-    if use.merge:
-        merge_adapter(denoiser)
-    return denoiser.eval().requires_grad_(False)
-
-
-def _load_file(path: Path, weights: str | None) -> LoadedDenoiser:
-    metadata, sha256 = read_model(path)
-    if weights not in (None, metadata["weights"]):
-        raise CheckpointError(
-            f"{path}: has no weights {weights!r}, but {metadata['weights']!r} alone; leave weights out"
-        )
-    denoiser = _built(path, metadata.pop("denoiser"), load_file(path))
-    shapes = _shapes(metadata.pop("shapes", None))
-    return LoadedDenoiser(denoiser, **metadata, sha256=sha256, shapes=shapes, place=os.path.abspath(path))
-
-
-def _shapes(recorded: Sequence[Sequence[int]] | None) -> tuple[tuple[int, int], ...]:
-    return tuple((height, width) for height, width in recorded or ())
-
-
-def _built(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> Denoiser:
-    """A denoiser with these weights, for sampling; `path` is the file of its configuration."""
-    try:
-        settings = _DENOISER.validate_python(config)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: the model's configuration is not valid: {error}") from error
-    with torch.device("meta"):
-        denoiser = Denoiser(settings)
-    check_names(path, denoiser.state_dict(), tensors)
-    denoiser.load_state_dict(tensors, assign=True)
-    return denoiser.eval().requires_grad_(False)
+        raise CheckpointError(f"{file}: is not safetensors ({error}); {remedy(path)}") from error
 
 
 def refuse_other(
@@ -395,5 +216,5 @@ def check_names(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Te
         have = [tuple(side[name].shape) if name in side else None for side in (wanted, found)]
         if have[0] != have[1]:
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {_remedy(path)}"
+                f"{path}: tensor {name} has shape {have[1]}, the model has {have[0]}; {remedy(path)}"
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from imagen_core.train.checkpoints.checkpoint import LoadCheckpoint
+from imagen_core.train.checkpoints.load import LoadCheckpoint
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import CheckpointError, TrainError
 from imagen_core.train.parallel.world import like, local, unsharded

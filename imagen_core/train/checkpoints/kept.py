@@ -34,21 +34,44 @@ def newest_checkpoint(folder: Path, world: World) -> Path | None:
     return newest
 
 
-def remove_old(folder: Path, keep: int, keep_best: int = 0, losses: Mapping[str, float] | None = None) -> None:
-    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, and nothing half-written.
+def remove_old(
+    folder: Path,
+    keep: int,
+    keep_best: int = 0,
+    losses: Mapping[str, float] | None = None,
+    keep_step: int | None = None,
+) -> None:
+    """Leaves the newest `keep` checkpoints, the `keep_best` of least validation loss, that of `keep_step`, and nothing
+    half-written.
 
     Args:
         losses: by name of the checkpoint; default: the recorded ones.
     """
     found = checkpoints(folder)
     best = best_checkpoints(folder, losses)[:keep_best] if keep_best else []
-    stay = {*found[-keep:], *best}
+    stay = {*found[-keep:], *best, *(path for path in found if _step(path) == keep_step)}
     for path in found:
         if path not in stay:
-            (path / STATE).unlink()  # first, so that a kill leaves no checkpoint that looks complete
-            fsync_path(path)
-            shutil.rmtree(path)
+            _remove(path)
     remove_unfinished(folder)
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Removes the snapshots after a step, which a training that resumes there makes again, and half-written ones."""
+    for path in checkpoints(folder):
+        if _step(path) > step:
+            _remove(path)
+    remove_unfinished(folder)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    (path / STATE).unlink()  # first, so that a kill leaves no checkpoint that looks complete
+    fsync_path(path)
+    shutil.rmtree(path)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -61,7 +84,9 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def record_validation(folder: Path, step: int, loss: float, keep: int, keep_best: int = 0) -> None:
+def record_validation(
+    folder: Path, step: int, loss: float, keep: int, keep_best: int = 0, keep_step: int | None = None
+) -> None:
     """Records the validation loss of a step's checkpoint, if there is one, in a file next to the folder.
 
     Before that it removes the checkpoints that are not to be kept, now that the loss is known: a kill between the two
@@ -70,7 +95,7 @@ def record_validation(folder: Path, step: int, loss: float, keep: int, keep_best
     path = folder / f"step-{step:08d}"
     if (path / STATE).exists():
         losses = {**validation_losses(folder), path.name: loss}
-        remove_old(folder, keep, keep_best, losses)
+        remove_old(folder, keep, keep_best, losses, keep_step)
         left = {path.name for path in checkpoints(folder)}
         write_sealed(folder.parent / _VALIDATION, {name: loss for name, loss in losses.items() if name in left})
 

@@ -75,6 +75,7 @@ class StateRecord(_ModelRecord):
 
     samples: _Count
     ema_updates: _Count
+    power_since: _Count = 0
     files: dict[str, _FileRecord]
     loader: Annotated[dict[str, Any], AfterValidator(check_state)] | None
     config: _SettingsRecord

@@ -17,6 +17,8 @@ from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.precision import autocast_dtype
 from imagen_core.train.parallel.world import World
 
+BLOCKS = (Block, TransformerLayer)
+"""The repeated blocks of networks: each is sharded on its own, and the linear layers in them are hidden ones."""
 _NET = "denoiser.net"  # in the loss; all parameters are below it
 
 
@@ -56,7 +58,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
     for module in reversed(list(net.modules())):  # inner ones first
         if isinstance(module, LearnedFourierEmbedding | Rotary):  # frequencies must not be rounded
             fully_shard(module, mesh=mesh, mp_policy=exact)
-        elif isinstance(module, Block | TransformerLayer):
+        elif isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     # What is outside of blocks is resharded too after each forward pass, so that code between the steps
     # (averages, checkpoints) always finds shards.

@@ -17,7 +17,7 @@ _RECORD = "images.json"
 _SIZE = re.compile(r"images-(\d{1,6})", re.ASCII)
 _FILE = re.compile(r"\d{1,12}\.png", re.ASCII)
 """The only names that are read: a record comes from a folder that anybody may have written."""
-_SET = re.compile(r"generated|guidance-[-+.\w]{1,40}", re.ASCII)
+_SET = re.compile(r"generated|(?:sigma_rel|guidance|autoguidance)-[-+.\w]{1,80}", re.ASCII)
 _KNOWN_S = 10.0
 _WEIGHT = re.compile(r"guidance-(.+)")
 

@@ -12,6 +12,12 @@ from pipeline.storage.run_folder import SUMMARY
 from stages.browse.line_chart import LineChart, Series, line_chart
 from stages.evaluation.report import RESULTS, distance_name, notes_of, table_of
 
+_SETTINGS = {
+    "sigma_rel": "length of the average, sigma_rel",
+    "guidance": "guidance weight",
+    "autoguidance": "autoguidance weight",
+}
+"""What an evaluation compares, with the name of its axis."""
 _SWEPT = (
     ("clip_score", "CLIP score"),
     ("kernel_distance", "KD"),
@@ -59,11 +65,13 @@ def read_results(storage: Storage) -> Results | None:
 
 
 def _sweeps(results: Mapping[str, Any]) -> list[LineChart]:
-    """The distance against the CLIP score, then each metric against the guidance weight; those with two points."""
+    """The distance against the CLIP score, then each metric against what is swept, if it is one setting; those with
+    two points."""
     rows, distance = results["rows"], distance_name(results["features_model"])
     charts = [_points(distance, rows, "clip_score", "frechet_distance", "CLIP score")]
-    for key, title in (("frechet_distance", distance), *_SWEPT):
-        charts.append(_points(title, rows, "guidance", key, "guidance weight"))
+    swept = [name for name in _SETTINGS if any(_is_number(row.get(name)) for row in rows)]
+    for key, title in (("frechet_distance", distance), *_SWEPT) if len(swept) == 1 else ():
+        charts.append(_points(title, rows, swept[0], key, _SETTINGS[swept[0]]))
     return [chart for chart in charts if chart is not None]
 
 
@@ -71,7 +79,8 @@ def _points(title: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, x_lab
     found = [row for row in rows if _is_number(row.get(x)) and _is_number(row.get(y))]
     if len(found) < 2:
         return None
-    labels = tuple(f"{row['guidance']:g}" if _is_number(row.get("guidance")) else str(row["name"]) for row in found)
+    values = [[f"{row[name]:g}" for name in _SETTINGS if _is_number(row.get(name))] for row in found]
+    labels = tuple(", ".join(each) or str(row["name"]) for each, row in zip(values, found, strict=True))
     xs, ys = (np.array([row[key] for row in found], float) for key in (x, y))
     return line_chart(title, [Series(title, xs, ys, labels)], x_label=x_label)
 

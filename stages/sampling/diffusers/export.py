@@ -112,6 +112,12 @@ def _load(places: Sequence[str], weights: str | None, sampling: Path | None) -> 
             raise ConfigError(
                 f"--sampling {sampling}: has {len(stages)} stages for {len(places)} checkpoints; give one for each"
             )
+        guides = [number for number, stage in enumerate(stages) if stage.guide is not None]
+        if guides:
+            raise ConfigError(
+                f"--sampling {sampling}: stages.{guides[0]}.guide: an exported stage has one model; leave guide and "
+                "guidance.autoguidance out"
+            )
         settings = [{"sampling": stage.sampling} for stage in stages]
     try:
         loaded = load_cascade(

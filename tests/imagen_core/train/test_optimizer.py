@@ -10,7 +10,8 @@ from torch import nn
 
 from imagen_core.models.layers.attention import Attention
 from imagen_core.train import OptimizerConfig, TrainError
-from imagen_core.train.optimizer import learning_rate, make_optimizer
+from imagen_core.train.optimizer import decay_start, learning_rate, make_optimizer
+from imagen_core.train.parallel.muon import AnyOptimizer
 
 
 def test_warmup_is_linear_and_constant_stays() -> None:
@@ -41,6 +42,38 @@ def test_cosine_ends_at_decay_steps_if_given() -> None:
     assert learning_rate(config, 50, 1000) == pytest.approx(0, abs=1e-12)
 
 
+def wsd(**changes: Any) -> OptimizerConfig:
+    settings = {"lr": 2.0, "warmup_steps": 10, "schedule": "wsd", "decay_fraction": 0.25}
+    return OptimizerConfig.model_validate(settings | changes)
+
+
+def test_wsd_is_constant_until_its_last_part_and_then_linear() -> None:
+    config = wsd(final_lr_fraction=0.1)
+    rates = [learning_rate(config, step, 200) for step in (4, 10, 100, 150, 175, 200, 300)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0 * (0.1 + 0.9 * 0.5), 0.2, 0.2])
+    assert decay_start(config, 200) == 150
+
+
+def test_wsd_may_fall_by_one_minus_the_root() -> None:
+    config = wsd(decay_shape="one_minus_sqrt")
+    rates = [learning_rate(config, 150 + round(50 * part), 200) for part in (0.0, 0.04, 0.5, 1.0)]
+    assert rates == pytest.approx([2.0 * (1 - math.sqrt(part)) for part in (0.0, 0.04, 0.5, 1.0)])
+    assert learning_rate(config, 175, 200) < learning_rate(wsd(), 175, 200)
+
+
+def test_the_decay_of_wsd_ends_at_decay_steps_and_never_begins_in_the_warmup() -> None:
+    assert decay_start(wsd(decay_steps=100), 1000) == 75
+    assert learning_rate(wsd(decay_steps=100), 100, 1000) == pytest.approx(0, abs=1e-12)
+    early = wsd(warmup_steps=90, decay_steps=100, decay_fraction=0.5)
+    assert learning_rate(early, 89, 100) == 2.0
+    assert learning_rate(early, 95, 100) == pytest.approx(1.0)
+
+
+def test_other_schedules_have_no_decay_to_begin() -> None:
+    assert decay_start(OptimizerConfig(schedule="cosine"), 100) is None
+    assert decay_start(OptimizerConfig(), 100) is None
+
+
 def test_no_warmup_starts_at_the_full_rate() -> None:
     assert learning_rate(OptimizerConfig(lr=0.3, warmup_steps=0), 0, 10) == 0.3
 
@@ -63,13 +96,13 @@ def test_gains_of_queries_and_keys_are_those_of_norms() -> None:
     assert id(attention.to_q.weight) in decayed
 
 
-def grouped(*groups: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:
+def grouped(*groups: dict[str, Any]) -> tuple[nn.Module, AnyOptimizer]:
     model = nn.ModuleDict({"text": nn.Linear(3, 4), "unet": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
     config = OptimizerConfig.model_validate({"lr": 0.1, "weight_decay": 0.5, "groups": groups})
     return model, make_optimizer(model, config)
 
 
-def settings_of(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, tuple[float, float]]:
+def settings_of(model: nn.Module, optimizer: AnyOptimizer) -> dict[str, tuple[float, float]]:
     """Learning rate as a multiple, and weight decay, of each parameter."""
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     return {name: found[id(p)] for name, p in model.named_parameters()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imagen_core.train import load_checkpoint
-from imagen_core.train.checkpoints.checkpoint import SHARED
+from imagen_core.train.checkpoints.load import SHARED
 from stages.checkpoints.load import load_checkpoint_from
 from stages.hub.package import MODEL
 from tests.commands import call

@@ -1,4 +1,4 @@
-"""What a plan of a training says of the sets of captions that it reads."""
+"""What a plan of a training says of the sets of captions that it reads, and of snapshots."""
 
 from pathlib import Path
 
@@ -24,3 +24,15 @@ def test_a_plan_names_the_sets_of_captions_that_are_read(tmp_path: Path) -> None
     now = mixed["stores_now"]
     assert isinstance(now, dict)
     assert "captions original 1" in now["plain"]
+
+
+def test_a_plan_counts_profiles_as_averages_and_the_disk_space_of_their_snapshots(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    plain = dry_run_summary(make_config(store, ema={"rates": [0.9]}))
+    ema = {"rates": [0.9], "profiles": [0.05, 0.1], "snapshot_every_steps": 4}
+    found = dry_run_summary(make_config(store, num_steps=10, ema=ema))
+    parameters = plain["parameters"]
+    assert isinstance(parameters, int)
+    assert (plain["averages_bytes"], found["averages_bytes"]) == (4 * parameters, 3 * 4 * parameters)
+    assert (found["snapshots"], found["snapshots_disk_bytes"]) == (3, 3 * 2 * 2 * parameters)
+    assert "snapshots" not in plain

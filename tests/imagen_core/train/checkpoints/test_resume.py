@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,19 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(store: Path, tmp_
     config = make_config(store, num_steps=7, checkpoints={"every_steps": 2, "keep": 2})
     train(config, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+@pytest.mark.slow
+def test_a_finished_wsd_training_is_continued_from_before_its_decay(store: Path, tmp_path: Path) -> None:
+    wsd = {"lr": 1e-3, "warmup_steps": 2, "schedule": "wsd", "decay_fraction": 0.25}
+    settings = {"optimizer": wsd, "checkpoints": {"every_steps": 5, "keep": 1}, "precision": "float32"}
+    train(make_config(store, num_steps=12, **settings), tmp_path / "short")
+    before = tmp_path / "short/checkpoints/step-00000009"  # of 12 steps the last 3 decay
+    assert [path.name for path in checkpoints(before.parent)] == ["step-00000009", "step-00000012"]
+    shutil.copytree(before, tmp_path / "long/checkpoints" / before.name)
+    continued = train(make_config(store, num_steps=16, **settings), tmp_path / "long")
+    straight = train(make_config(store, num_steps=16, **settings), tmp_path / "straight")
+    assert files(continued["checkpoint"]) == files(straight["checkpoint"])
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_the_estimate_counts_no_moments_in_main_memory() -> None:
     config = make_config(Path("store"), denoiser=BASE).denoiser
     settings = {"micro_batch_size": 1, "shape": (16, 16), "num_tokens": 4, "bytes_per_activation": 4}
     plain, less = (
-        estimate_memory(config, **settings, num_averages=1, num_shards=1, moments_on_cpu=flag)  # type: ignore[arg-type]
+        estimate_memory(config, **settings, num_averages=1, num_shards=1, optimizer=OptimizerConfig(on_cpu=flag))  # type: ignore[arg-type]
         for flag in (False, True)
     )
     assert less.optimizer == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from imagen_core.train.ema import WeightAverages, decay
+from imagen_core.train.averages.ema import WeightAverages, decay
 
 
 def trained(num_updates: int, rates: tuple[float, ...], dtype: torch.dtype = torch.float32) -> WeightAverages:
@@ -42,7 +42,7 @@ def test_the_first_random_weights_do_not_count() -> None:
     with torch.no_grad():
         model.weight.fill_(3.0)
     averages.update()
-    assert torch.equal(averages.averages[0.9999]["weight"], model.weight)
+    assert torch.equal(averages.averages["ema-0.9999"]["weight"], model.weight)
 
 
 def test_before_the_first_update_that_counts_it_is_the_newest_weights() -> None:
@@ -53,8 +53,8 @@ def test_before_the_first_update_that_counts_it_is_the_newest_weights() -> None:
             model.weight.fill_(value)
         averages.update(counts=counts)
         if not counts:
-            assert float(averages.averages[0.9]["weight"]) == value
-    assert float(averages.averages[0.9]["weight"]) == 2.0
+            assert float(averages.averages["ema-0.9"]["weight"]) == value
+    assert float(averages.averages["ema-0.9"]["weight"]) == 2.0
 
 
 def test_rate_zero_is_the_last_weights() -> None:
@@ -79,7 +79,7 @@ def test_averages_are_at_least_float32(weights: torch.dtype, kept: torch.dtype) 
 def test_averages_are_kept_on_the_requested_device() -> None:
     averages = WeightAverages(nn.Linear(1, 1), (0.9,), "meta")
     averages.update()
-    assert {values.device.type for values in averages.averages[0.9].values()} == {"meta"}
+    assert {values.device.type for values in averages.averages["ema-0.9"].values()} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -91,9 +91,9 @@ def test_averages_in_main_memory_are_those_on_the_gpu() -> None:
             model.weight.add_(1)
         there.update()
         here.update()
-    assert torch.equal(here.averages[0.9]["weight"], there.averages[0.9]["weight"].cpu())
-    with here.applied(0.9):
-        assert torch.equal(model.weight.cpu(), here.averages[0.9]["weight"])
+    assert torch.equal(here.averages["ema-0.9"]["weight"], there.averages["ema-0.9"]["weight"].cpu())
+    with here.applied("ema-0.9"):
+        assert torch.equal(model.weight.cpu(), here.averages["ema-0.9"]["weight"])
 
 
 def test_the_model_has_the_average_within_the_block_only() -> None:
@@ -105,9 +105,9 @@ def test_the_model_has_the_average_within_the_block_only() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    with averages.applied(0.5):
+    with averages.applied("ema-0.5"):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(p, q + 1) for p, q in zip(model.parameters(), before, strict=True))
-    with pytest.raises(RuntimeError, match="in the block"), averages.applied(0.5):
+    with pytest.raises(RuntimeError, match="in the block"), averages.applied("ema-0.5"):
         raise RuntimeError("in the block")
     assert all(torch.equal(p, q + 1) for p, q in zip(model.parameters(), before, strict=True))
