@@ -20,11 +20,9 @@ import numpy as np
 from benchmarks.common import report
 from benchmarks.store_formats import Captions, write_store
 from pipeline.config import load_config
-from pipeline.errors import ConfigError
 from pipeline.options import RunOptions
 from pipeline.storage.files import file_digest
 from stages.exports.config import ExportConfig
-from stages.exports.mds import check_installed
 from stages.sources.synthetic.scenes import render, scene
 from workflows.export import Export
 
@@ -46,7 +44,6 @@ def main() -> None:
     parser.add_argument("--mean-tokens", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    targets = [target for target in TARGETS if target != "mds" or has_mds()]
     data = Captions.make(args.captions, args.dim, args.mean_tokens)
     drawn = np.stack([render(scene(0, index), SIZE_PX) for index in range(64)])
     images = {SIZE_PX: drawn[np.arange(args.captions) % len(drawn)]}
@@ -56,22 +53,13 @@ def main() -> None:
         for codec in ("jpeg", "raw"):
             store = Path(folder) / codec
             write_store(store, data, images, "hdf5", codec)
-            for target in targets if codec == "jpeg" else targets[:1]:
+            for target in TARGETS if codec == "jpeg" else TARGETS[:1]:
                 row = measure(store, target, Path(folder), args.rounds)
                 results.append({"images": codec, "target": target, "samples": args.captions, **row})
                 ratios[f"{target}, {codec} images: export / copy, rate"] = row["to_copy"]
                 ratios[f"{target}, {codec} images: export / checked copy, rate"] = row["to_checked_copy"]
-    packages = ["imagen-precompute", "pyarrow", "webdataset", "mosaicml-streaming", "numpy"]
+    packages = ["imagen-precompute", "pyarrow", "numpy"]
     report("export", results, ratios, args.out, packages, NOTES)
-
-
-def has_mds() -> bool:
-    try:
-        check_installed()
-    except ConfigError as error:
-        print(error)
-        return False
-    return True
 
 
 def measure(store: Path, target: str, folder: Path, rounds: int) -> dict[str, Any]:
