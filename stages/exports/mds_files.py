@@ -18,17 +18,17 @@ _SIZE_LIMIT = 1 << 26
 _SIZE = np.dtype("<u4")
 _INT = np.dtype("<i8")
 _ARRAY_DTYPES = {
-    "uint8": 8,
-    "int8": 9,
-    "uint16": 16,
-    "int16": 17,
-    "float16": 18,
-    "uint32": 32,
-    "int32": 33,
-    "float32": 34,
-    "uint64": 64,
-    "int64": 65,
-    "float64": 66,
+    np.dtype("uint8"): 8,
+    np.dtype("int8"): 9,
+    np.dtype("uint16"): 16,
+    np.dtype("int16"): 17,
+    np.dtype("float16"): 18,
+    np.dtype("uint32"): 32,
+    np.dtype("int32"): 33,
+    np.dtype("float32"): 34,
+    np.dtype("uint64"): 64,
+    np.dtype("int64"): 65,
+    np.dtype("float64"): 66,
 }
 _Parts = Sequence[bytes | memoryview]
 
@@ -108,7 +108,7 @@ def _array(array: np.ndarray) -> _Parts:
     """Its dtype, the number of its axes with the bytes that a length takes, their lengths, and its elements."""
     width = next(code for code in range(4) if max(array.shape) < 1 << (8 << code))
     lengths = np.array(array.shape, f"<u{1 << width}").tobytes()
-    head = bytes((_ARRAY_DTYPES[array.dtype.name], array.ndim << 2 | width))
+    head = bytes((_ARRAY_DTYPES[array.dtype], array.ndim << 2 | width))
     return head + lengths, memoryview(array.ravel().view(np.uint8))
 
 

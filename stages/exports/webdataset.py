@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,26 @@ def write_tar(path: Path, samples: Iterable[ExportSample], selection: Selection)
 
 
 def _header(name: str, size: int) -> bytes:
+    """The header of a member; tarfile makes one that differs from others in more than name and size."""
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size >= 1 << 33:
+        return _tarfile_header(name, size)
+    start = name.encode().ljust(tarfile.LENGTH_NAME, b"\0"), b"%011o\0" % size
+    before, between, after = _PARTS
+    checksum = _CHECKSUM + sum(start[0]) + sum(start[1])
+    return b"".join((start[0], before, start[1], between, b"%06o\0" % checksum, after))
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size, member.mode, member.uname, member.gname = size, 0o444, "bigdata", "bigdata"
     return member.tobuf()
+
+
+_EMPTY = _tarfile_header("", 0)
+_PARTS = _EMPTY[100:124], _EMPTY[136:148], _EMPTY[155:]
+"""Of all headers: before the size, between it and the checksum, and after that."""
+_CHECKSUM = int(_EMPTY[148:154], 8) - 11 * ord("0")
+"""Of a header without name and size."""
 
 
 def _members(sample: ExportSample, selection: Selection) -> dict[str, Sequence[bytes | memoryview]]:
@@ -85,6 +103,12 @@ def _members(sample: ExportSample, selection: Selection) -> dict[str, Sequence[b
 
 def npy_parts(array: np.ndarray) -> tuple[bytes, memoryview]:
     """The header of a .npy file, and the array's bytes, which are not copied."""
-    array, file = np.asarray(array, order="C"), io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    return file.getvalue(), memoryview(array.ravel().view(np.uint8))
+    return _npy_header(array.dtype, array.shape), memoryview(array.ravel().view(np.uint8))
+
+
+@lru_cache(1024)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
