@@ -48,7 +48,7 @@ def write_tar(path: Path, samples: Iterable[ExportSample], selection: Selection)
             key = "{:05d}-{:06d}".format(*sample.place)
             for name, parts in sorted(_members(sample, selection).items()):
                 size = sum(map(len, parts))
-                file.write(_header(f"{key}.{name}", size))
+                file.write(tar_header(f"{key}.{name}", size))
                 file.writelines(parts)
                 file.write(bytes(-size % tarfile.BLOCKSIZE))
             count += 1
@@ -57,7 +57,7 @@ def write_tar(path: Path, samples: Iterable[ExportSample], selection: Selection)
     return count
 
 
-def _header(name: str, size: int) -> bytes:
+def tar_header(name: str, size: int) -> bytes:
     """The header of a member; tarfile makes one that differs from others in more than name and size."""
     if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size >= 1 << 33:
         return _tarfile_header(name, size)

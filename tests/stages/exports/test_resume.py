@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +163,6 @@ def test_a_wrong_request_is_refused_before_anything_is_written(store: Path, tmp_
     assert "has not finished" in refusal(unfinished, "parquet", out)
     assert not out.exists()
     assert "is inside" in refusal(store, "parquet", store / "export")
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("stages.exports.mds.version", missing)
-    assert "pip install --no-deps mosaicml-streaming" in refusal(store, "mds", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_file_of_the_store_is_not_copied(store: Path, tmp_path: Path) -> None:
