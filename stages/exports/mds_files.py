@@ -109,7 +109,7 @@ def _array(array: np.ndarray) -> _Parts:
     width = next(code for code in range(4) if max(array.shape) < 1 << (8 << code))
     lengths = np.array(array.shape, f"<u{1 << width}").tobytes()
     head = bytes((_ARRAY_DTYPES[array.dtype], array.ndim << 2 | width))
-    return head + lengths, memoryview(array.ravel().view(np.uint8))
+    return head + lengths, array.ravel().view(np.uint8).data
 
 
 _ENCODE: dict[str, Callable[[Any], _Parts]] = {

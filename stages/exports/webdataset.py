@@ -103,7 +103,7 @@ def _members(sample: ExportSample, selection: Selection) -> dict[str, Sequence[b
 
 def npy_parts(array: np.ndarray) -> tuple[bytes, memoryview]:
     """The header of a .npy file, and the array's bytes, which are not copied."""
-    return _npy_header(array.dtype, array.shape), memoryview(array.ravel().view(np.uint8))
+    return _npy_header(array.dtype, array.shape), array.ravel().view(np.uint8).data
 
 
 @lru_cache(1024)
