@@ -78,10 +78,10 @@ def test_pyarrow_reads_what_it_would_have_written(
             assert len({str([chunk[name] for name in names]) for chunk in chunks}) == 1
 
 
-def test_a_part_of_a_nested_column_is_read_by_another_reader(tmp_path: Path) -> None:
+def test_another_reader_reads_them(tmp_path: Path) -> None:
     rows = embeddings((5,), np.float32)
     write(tmp_path / "ours.parquet", [(table(rows, (5,), np.float32), rows)] * 2, (5,))
-    lists = duckdb.sql(f"select e from '{tmp_path}/ours.parquet'").fetchall()
+    lists = duckdb.connect().execute(f"select e from '{tmp_path}/ours.parquet'").fetchall()
     expected = [[array.tolist() for array in arrays] for arrays in rows] * 2
     assert [value for (value,) in lists] == expected
 
