@@ -60,36 +60,6 @@ def _import_from(alone: str, package: str, module: str, unused: Sequence[str]) -
             sys.modules.pop(each, None)
 
 
-def import_without(name: str, *packages: str) -> ModuleType:
-    """The module `name`, without running the `__init__` of these packages, which are above it, outermost first.
-
-    For a package that imports itself by its absolute name. `import PACKAGE` afterwards runs its `__init__` as usual.
-
-    Raises:
-        ImportError: there is no such module, or it needs another package.
-    """
-    with _lock:
-        if name in sys.modules:
-            return sys.modules[name]
-        added = []
-        try:
-            for package in packages:
-                if package in sys.modules:
-                    continue
-                spec = find_spec(package)
-                if spec is None or spec.submodule_search_locations is None:
-                    raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-                stand_in = ModuleType(package)
-                stand_in.__path__ = list(spec.submodule_search_locations)
-                stand_in.__spec__ = spec
-                sys.modules[package] = stand_in
-                added.append(package)
-            return import_module(name)
-        finally:
-            for package in added:
-                del sys.modules[package]
-
-
 class _Lazy(MetaPathFinder):
     """Finds some packages as always, but loads them when an attribute of theirs is used."""
 

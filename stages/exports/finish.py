@@ -8,10 +8,10 @@ from imagen_core.store import EmbeddingGroup, ImagesGroup, Store
 from pipeline.storage import Storage
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
-from stages.exports.mds import INDEX, merge_indices
+from stages.exports.mds_files import INDEX, merge_indices
 from stages.exports.selection import Selection
 from stages.exports.stage import DATA, GROUP, index_name
-from stages.exports.webdataset import npy
+from stages.exports.webdataset import npy_parts
 
 DESCRIPTION = f"{DATA}/store.json"
 
@@ -33,7 +33,7 @@ def finish(run: RunFolder, store: Store, selection: Selection) -> dict[str, obje
             _write(
                 run.storage,
                 f"{DATA}/null-{group.name}.npy",
-                npy(store.null(name).astype(selection.float_dtype(group))),
+                b"".join(npy_parts(store.null(name).astype(selection.float_dtype(group)))),
             )
     if selection.to == "mds":
         _write(run.storage, f"{DATA}/{INDEX}", merge_indices(_indices(run)))

@@ -6,50 +6,19 @@ token and then 0; `image`: the largest images, `image_64` others; `original_widt
 `sha256`, `num_captions`, `metadata` (JSON), `image_embed_{encoder}`, `array_{name}`.
 """
 
-import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from imagen_core.store import EmbeddingGroup
-from pipeline.errors import ConfigError
+from stages.exports.mds_files import write_files
 from stages.exports.samples import ExportSample
 from stages.exports.selection import Selection
 from stages.exports.values import fields_of
-from stages.import_alone import import_without
 
-INDEX = "index.json"
 _IN_OTHER_COLUMNS = ("key", "captions", "caption_sets", "url", "sha256", "width", "height")
-_INSTALL = (
-    "pip install brotli catalogue python-snappy zstd && pip install --no-deps mosaicml-streaming==0.13.0 (with its "
-    "dependencies it wants transformers 4 and torchvision)"
-)
-
-
-def import_streaming(module: str) -> ModuleType:
-    """`streaming.base.MODULE`, without the `__init__` of its packages, which import torchvision and transformers.
-
-    Raises:
-        ConfigError: the package is not installed; says how.
-    """
-    try:
-        return import_without(f"streaming.base.{module}", "streaming", "streaming.base")
-    except ImportError as error:
-        raise ConfigError(f"--to mds: needs mosaicml-streaming ({error}): {_INSTALL}") from error
-
-
-def check_installed() -> None:
-    """Raises ConfigError if mosaicml-streaming is not installed."""
-    try:
-        version("mosaicml-streaming")
-    except PackageNotFoundError as error:
-        raise ConfigError(f"--to mds: needs mosaicml-streaming, which is not installed: {_INSTALL}") from error
-    import_streaming("format.mds.writer")
 
 
 def write_mds(
@@ -62,37 +31,8 @@ def write_mds(
             set at least one. A sample with fewer has empty texts, one row of NaN, and a mask of zeros in the place of
             the others, and one of a further set that was not encoded has such a row and mask: PRX leaves those out.
     """
-    count = 0
-    writer = import_streaming("format.mds.writer").MDSWriter
-    with writer(columns=_columns(selection, num_captions), out=str(folder), max_workers=1) as out:
-        for sample in samples:
-            out.write(_values(sample, selection, num_captions))
-            count += 1
-    return count
-
-
-def merge_indices(indices: Iterable[tuple[str, bytes]]) -> bytes:
-    """One index of several folders.
-
-    Args:
-        indices: name of each folder, and its index.
-    """
-    merge = import_streaming("util").merge_index
-    with tempfile.TemporaryDirectory() as temporary:
-        parts, merged = [], Path(temporary, "merged")
-        for name, data in indices:
-            part = Path(temporary, "parts", name, INDEX)
-            part.parent.mkdir(parents=True)
-            part.write_bytes(data)
-            parts.append(str(part))
-        if not parts:
-            return b'{"version": 2, "shards": []}'
-        logging.disable()  # it warns that it has a temporary folder
-        try:
-            merge(parts, str(merged))
-        finally:
-            logging.disable(logging.NOTSET)
-        return (merged / INDEX).read_bytes()
+    values = (_values(sample, selection, num_captions) for sample in samples)
+    return write_files(folder, _columns(selection, num_captions), values)
 
 
 def _caption_names(caption_set: str | None, num_captions: int) -> list[str]:

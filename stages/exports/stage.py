@@ -8,7 +8,8 @@ from imagen_core.store import FileEntry, StoreFolder
 from pipeline.stage import Group, GroupResult, Shard, Stage, Task
 from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.scratch import scratch
-from stages.exports.mds import INDEX, check_installed, write_mds
+from stages.exports.mds import write_mds
+from stages.exports.mds_files import INDEX
 from stages.exports.parquet import write_parquet
 from stages.exports.samples import ExportSample, ShardSamples, open_shard
 from stages.exports.selection import Selection
@@ -31,9 +32,7 @@ class ExportStage(Stage):
         """
         self._store, self._selection = store, selection
         self.groups = (Group(GROUP, selection.describe()),)
-        if selection.to == "mds":
-            check_installed()
-        elif selection.to == "webdataset":
+        if selection.to == "webdataset":
             check_names(selection)
 
     def setup(self, run: RunFolder) -> None:

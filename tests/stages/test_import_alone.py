@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.import_alone import import_alone, import_without
+from stages.import_alone import import_alone
 
 
 @pytest.fixture
@@ -33,18 +33,6 @@ def test_a_module_comes_without_its_package_and_what_it_does_not_use(package: Pa
     assert not {"heavy", "unwanted"} & sys.modules.keys()
     assert not (package / "loaded").exists()
     assert import_alone("heavy.part", unused=("unwanted",)) is module
-
-
-def test_a_module_that_imports_its_package_by_name_comes_without_its_init(package: Path) -> None:
-    (package / "heavy/whole.py").write_text("from heavy.other import VALUE\n")
-    module = import_without("heavy.whole", "heavy")
-    assert (module.__name__, module.VALUE) == ("heavy.whole", 7)
-    assert "heavy" not in sys.modules
-    assert import_without("heavy.whole", "heavy") is module
-    with pytest.raises(RuntimeError, match="imported"):
-        __import__("heavy")
-    with pytest.raises(ModuleNotFoundError, match="'heavier'"):
-        import_without("heavier.part", "heavier")
 
 
 def test_what_was_said_to_be_unused_works_when_it_is_used(package: Path) -> None:

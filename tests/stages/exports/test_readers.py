@@ -193,11 +193,12 @@ def test_captions_of_further_sets_go_out_with_their_embeddings(target: str, tmp_
             assert f"text-t5-short.{len(rows)}.npy" not in row
             found = [row[f"text-t5-short.{number}.npy"] for number in range(len(rows))]
         else:
-            names = ["caption_short", "caption_short_1"]
-            assert [row[name] for name in names] == [*captions, "", ""][:2]
+            names = [name for name in ("caption_short", "caption_short_1") if name in row]  # those of the row's shard
+            assert len(names) >= max(1, len(captions))
+            assert [row[name] for name in names] == [*captions, "", ""][: len(names)]
             found = [row[f"latent_{name}_t5"] for name in names]
             masks = [row[f"attention_mask_{name}_t5"] for name in names]
-            rows = [*rows, *[np.empty((0, 16), np.float16)] * 2][:2]
+            rows = [*rows, *[np.empty((0, 16), np.float16)] * 2][: len(names)]
             assert [mask.sum() for mask in masks] == [len(array) for array in rows]
             lacking = [array for array, like in zip(found, rows, strict=True) if not len(like)]
             assert all(array.shape == (1, 16) and np.isnan(array).all() for array in lacking)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def test_a_second_run_changes_no_file(target: str, store: Path, tmp_path: Path) 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_killed_export_goes_on_and_has_the_same_bytes(target: str, tmp_path: Path) -> None:
     skip_without(target)
-    store = make_store(tmp_path / "store", shard_rows=(20,) * 30, sizes=(64, 8)).path
+    store = make_store(tmp_path / "store", shard_rows=(20,) * 90, sizes=(64, 8)).path
     assert export(store, target, tmp_path / "whole").code == 0
     out = tmp_path / "out"
     arguments = command("export", str(store), "--to", target, "--out", str(out), "--executor", "inline", "--quiet")
@@ -84,7 +83,7 @@ def test_a_killed_export_goes_on_and_has_the_same_bytes(target: str, tmp_path: P
     for _ in range(3):
         process = subprocess.Popen(arguments, cwd=REPOSITORY, start_new_session=True)
         before = len(list((out / "state").glob("export/*.json")))
-        while len(list((out / "state").glob("export/*.json"))) < before + 3 and process.poll() is None:
+        while len(list((out / "state").glob("export/*.json"))) == before and process.poll() is None:
             time.sleep(0.005)
         if process.poll() is not None:
             break
@@ -164,17 +163,6 @@ def test_a_wrong_request_is_refused_before_anything_is_written(store: Path, tmp_
     assert "has not finished" in refusal(unfinished, "parquet", out)
     assert not out.exists()
     assert "is inside" in refusal(store, "parquet", store / "export")
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("stages.exports.mds.version", missing)
-    assert "pip install --no-deps mosaicml-streaming" in refusal(store, "mds", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_file_of_the_store_is_not_copied(store: Path, tmp_path: Path) -> None:

@@ -19,12 +19,11 @@ from imagen_core.store import Store, verify_store
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.storage.open import open_storage
-from stages.exports.mds import import_streaming
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.images import plain_png
 from tests.object_store import object_store
 from tests.runs import precompute, precompute_interrupted, store_bytes
-from tests.stages.exports.exporting import export, make_run, skip_without
+from tests.stages.exports.exporting import export, import_streaming, make_run, skip_without
 from tests.stages.sources.reading import outcomes
 from workflows.precompute import PrecomputeConfig
 
