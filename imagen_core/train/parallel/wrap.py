@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding
 from imagen_core.models.layers.positions import Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
+from imagen_core.models.transformer.blocks import PatchBlock
 from imagen_core.models.unet.block import Block
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
@@ -56,7 +57,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
     for module in reversed(list(net.modules())):  # inner ones first
         if isinstance(module, LearnedFourierEmbedding | Rotary):  # frequencies must not be rounded
             fully_shard(module, mesh=mesh, mp_policy=exact)
-        elif isinstance(module, Block | TransformerLayer):
+        elif isinstance(module, Block | PatchBlock | TransformerLayer):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     # What is outside of blocks is resharded too after each forward pass, so that code between the steps
     # (averages, checkpoints) always finds shards.
