@@ -16,8 +16,8 @@ from imagen_core.models.layers.attention import flatten_pixels, unflatten_pixels
 from imagen_core.models.layers.positions import grid_angles, grid_sinusoids
 from imagen_core.models.transformer.blocks import (
     NUM_MODULATIONS,
-    TokenContext,
     PatchBlock,
+    TokenContext,
     make_norm,
     modulate,
 )

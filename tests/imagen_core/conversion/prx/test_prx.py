@@ -119,7 +119,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     tensors = theirs(TINY).state_dict()
     with pytest.raises(ValueError, match=r"blocks\.1\.gate_proj\.weight is missing"):
         transformer_weights({k: v for k, v in tensors.items() if k != "blocks.1.gate_proj.weight"}, config)
-    with pytest.raises(ValueError, match="1 tensors are missing, among them the one named inputs.text.bias here"):
+    with pytest.raises(ValueError, match=r"1 tensors are missing, among them the one named inputs\.text\.bias here"):
         transformer_weights({k: v for k, v in tensors.items() if k != "txt_in.bias"}, config)
     with pytest.raises(ValueError, match=r"vae\.weight has shape \(1,\), these settings make no such tensor"):
         transformer_weights(tensors | {"vae.weight": torch.ones(1)}, config)
@@ -141,7 +141,8 @@ def test_a_network_that_is_no_prx_is_named_with_its_setting(changes: dict[str, A
     config = transformer_config(TINY)
     assert why_not(config) is None
     settings = config.model_dump() | {"dropped_caption": "no_tokens"} | changes
-    assert why_not(other := TransformerConfig.model_validate(settings)) is not None
+    other = TransformerConfig.model_validate(settings)
+    assert why_not(other) is not None
     with pytest.raises(ValueError, match=message):
         transformer_settings(other)
 
