@@ -1,4 +1,4 @@
-"""Any UNet's configuration, and the presets' short form."""
+"""Any network's configuration, and the presets' short form."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,6 +10,7 @@ from imagen_core.models.presets.base import Preset
 from imagen_core.models.presets.priors import PRIOR_PRESETS, PriorPreset
 from imagen_core.models.presets.unets import PRESETS
 from imagen_core.models.prior import PriorNetworkConfig
+from imagen_core.models.transformer.model import TransformerConfig
 from imagen_core.models.unet.efficient import EfficientUNetConfig
 from imagen_core.models.unet.regular import RegularUNetConfig
 
@@ -30,10 +31,12 @@ def _expand(presets: Mapping[str, Preset | PriorPreset]) -> BeforeValidator:
 
 
 UNetConfig = Annotated[
-    Annotated[RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig, Field(discriminator="family")],
+    Annotated[
+        RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig | TransformerConfig, Field(discriminator="family")
+    ],
     _expand(PRESETS),
 ]
-"""A UNet of any family, or `{preset: NAME}` with changes."""
+"""A UNet of any family, or a patch transformer, or `{preset: NAME}` with changes."""
 
 AnyPriorNetworkConfig = Annotated[PriorNetworkConfig, _expand(PRIOR_PRESETS)]
 """The transformer of a prior, or `{preset: NAME}` with changes."""

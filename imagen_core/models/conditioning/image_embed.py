@@ -48,11 +48,13 @@ class ImageEmbedConditioning(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """A class label as a vector; zero for a label that is unknown (-1) or dropped."""
+    """A class label as a vector; zero for a label that is unknown (-1) or dropped, or with `learned_null` one more
+    learned vector, the last one."""
 
-    def __init__(self, num_classes: int, time_dim: int):
+    def __init__(self, num_classes: int, time_dim: int, *, learned_null: bool = False):
         super().__init__()
-        self.embedding = nn.Embedding(num_classes, time_dim)
+        self.null = num_classes if learned_null else None
+        self.embedding = nn.Embedding(num_classes + learned_null, time_dim)
 
     def forward(self, conditioning: Conditioning) -> Tensor:
         """Returns the vector (b, time_dim).
@@ -64,4 +66,6 @@ class LabelEmbedding(nn.Module):
         if labels is None:
             raise ValueError("conditioning.labels: this model reads class labels")
         known = (labels >= 0) & keep_mask(conditioning.labels_keep, labels)
+        if self.null is not None:
+            return self.embedding(torch.where(known, labels, self.null))
         return self.embedding(labels.clamp(min=0)) * known[:, None]

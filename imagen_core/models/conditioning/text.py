@@ -96,11 +96,7 @@ class TextConditioning(nn.Module):
             ValueError: the text is missing, of another width, or longer than padded_tokens; or a caption is dropped
                 without a null_text that the model needs.
         """
-        text, mask = masked_text(conditioning, self.text_dim)
-        if self.dropped_caption == "empty_caption" and conditioning.text_keep is not None:
-            raise ValueError("conditioning.text_keep: this model reads the empty caption instead; give null_text")
-        if self.dropped_caption == "no_tokens" and conditioning.text_keep is not None:
-            mask = mask & conditioning.text_keep[:, None]
+        text, mask = attended_text(conditioning, self.text_dim, self.dropped_caption)
         text, pooled_mask = text.to(next(self.parameters()).dtype), mask
         if self.padded_tokens is not None:
             text, mask = _padded(text, mask, self.padded_tokens)
@@ -128,6 +124,22 @@ def _padded(text: Tensor, mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor
             f"conditioning.text: {text.shape[1]} tokens, this model reads at most {num_tokens}; lower max_tokens"
         )
     return F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
+
+
+def attended_text(conditioning: Conditioning, text_dim: int, dropped_caption: DroppedCaption) -> tuple[Tensor, Tensor]:
+    """The embeddings (b, l, text_dim), zero in padding and in rows whose caption is dropped, and the mask (b, l) of
+    the tokens to attend to.
+
+    Raises:
+        ValueError: the text is missing or of another width, or a caption is dropped without a null_text that the
+            model needs.
+    """
+    text, mask = masked_text(conditioning, text_dim)
+    if dropped_caption == "empty_caption" and conditioning.text_keep is not None:
+        raise ValueError("conditioning.text_keep: this model reads the empty caption instead; give null_text")
+    if dropped_caption == "no_tokens" and conditioning.text_keep is not None:
+        mask = mask & conditioning.text_keep[:, None]
+    return text, mask
 
 
 def masked_text(conditioning: Conditioning, text_dim: int) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ class Attention(nn.Module):
             logits = self._own_logits(q, k.shape[2], bias)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=self.cosine_scale)
         else:
-            attended = _masked_attention(q, k, v, mask, num_own, self.cosine_scale)
+            attended = masked_attention(q, k, v, mask, num_own, self.cosine_scale)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
     def _own_logits(self, q: Tensor, num_keys: int, bias: Tensor | None) -> Tensor | None:
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return logits
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int, scale: float | None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, num_own: int, scale: float | None) -> Tensor:
     """Attention with a mask on the context, which follows `num_own` keys that are never masked."""
     if num_own:
         full = F.pad(mask, (num_own, 0), value=True)

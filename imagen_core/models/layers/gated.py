@@ -5,15 +5,22 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GatedActivation = Literal["geglu", "geglu_tanh", "swiglu"]
+
 
 class Gated(nn.Module):
-    """The first half of the features, times an activation of the other half (Shazeer 2020, arXiv 2002.05202)."""
+    """The first half of the features, times an activation of the other half (Shazeer 2020, arXiv 2002.05202).
 
-    def __init__(self, activation: Literal["geglu", "swiglu"]):
+    geglu: GELU; geglu_tanh: its approximation by a hyperbolic tangent; swiglu: SiLU.
+    """
+
+    def __init__(self, activation: GatedActivation):
         super().__init__()
-        self.gelu = activation == "geglu"
+        self.activation: GatedActivation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """float (..., 2 d) -> (..., d)."""
         value, gate = x.chunk(2, dim=-1)
-        return value * (F.gelu(gate) if self.gelu else F.silu(gate))
+        if self.activation == "swiglu":
+            return value * F.silu(gate)
+        return value * F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none")

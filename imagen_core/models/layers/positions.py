@@ -60,6 +60,42 @@ class Rotary(nn.Module):
         angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # (length, width / 2)
         width = 2 * self.frequencies.numel()
-        even, odd = x[..., 0:width:2], x[..., 1:width:2]
-        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-        return torch.cat([rotated, x[..., width:]], dim=-1)
+        return torch.cat([rotate_pairs(x[..., :width], cos, sin), x[..., width:]], dim=-1)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., length, 2 d), each pair of neighbouring features rotated by the angle whose cosine and sine, (length, d),
+    are given -> the same shape."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def grid_angles(rows: Tensor, columns: Tensor, width: int, theta: float) -> Tensor:
+    """Angles of rotary positions in two dimensions: the first half of the pairs turns with the row, the other half
+    with the column (Heo et al. 2024, arXiv 2403.13298, axial frequencies).
+
+    Args:
+        rows, columns: float (n,), the coordinates of each token.
+        width: number of features of a head, a multiple of 4.
+        theta: the ratio of the fastest frequency, 1, to where the series of each half ends.
+    Returns:
+        (n, width / 2), in the dtype of the coordinates.
+    """
+    quarter = width // 4
+    exponents = torch.arange(quarter, device=rows.device, dtype=rows.dtype) / quarter
+    frequencies = theta**-exponents
+    return torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+
+
+def grid_sinusoids(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Fixed positions in two dimensions to add to tokens: sines, then cosines of the column, then those of the row,
+    with the frequencies of Vaswani et al. 2017, section 3.5 (Chen et al. 2021, arXiv 2104.02057, for images).
+
+    Args:
+        rows, columns: float (n,), the coordinates of each token.
+        width: a multiple of 4.
+    Returns:
+        (n, width), in the dtype of the coordinates.
+    """
+    angles = grid_angles(columns, rows, width, 10_000.0).chunk(2, dim=-1)
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)

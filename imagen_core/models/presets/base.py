@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from imagen_core.models.hybrid.unet import HybridUNetConfig
+from imagen_core.models.transformer.model import TransformerConfig
 from imagen_core.models.unet.efficient import EfficientUNetConfig
 from imagen_core.models.unet.regular import RegularUNetConfig
 
@@ -11,7 +12,7 @@ from imagen_core.models.unet.regular import RegularUNetConfig
 class Preset:
     """A published configuration and its number of parameters."""
 
-    config: RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig
+    config: RegularUNetConfig | EfficientUNetConfig | HybridUNetConfig | TransformerConfig
     parameters: int
     """Exact; a test builds the model and counts."""
     source: str

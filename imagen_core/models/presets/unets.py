@@ -1,4 +1,4 @@
-"""Published UNets, each with its exact number of parameters.
+"""Published networks for images, each with its exact number of parameters.
 
 The numbers are counts of the systems' own code; where a published label differs from the model that the shipped
 configuration builds, `source` says so.
@@ -8,6 +8,7 @@ from imagen_core.models.presets.base import Preset
 from imagen_core.models.presets.deepfloyd import DEEPFLOYD_PRESETS
 from imagen_core.models.presets.hybrid import HYBRID_PRESETS
 from imagen_core.models.presets.priors import PRIOR_PRESETS
+from imagen_core.models.presets.transformers import TRANSFORMER_PRESETS
 from imagen_core.models.unet.efficient import EfficientUNetConfig
 from imagen_core.models.unet.regular import RegularUNetConfig
 
@@ -168,8 +169,9 @@ PRESETS: dict[str, Preset] = {
     ),
     **DEEPFLOYD_PRESETS,
     **HYBRID_PRESETS,
+    **TRANSFORMER_PRESETS,
 }
-"""UNets of all families by name. Text is 1024 wide (T5 11B) unless the name says otherwise."""
+"""Networks of all families by name. Text is 1024 wide (T5 11B) unless the name says otherwise."""
 
 
 def list_presets() -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""What the configurations of all UNet families share."""
+"""What the configurations of all network families share."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ AttentionType = Literal["self", "cross", "fused", "stacked"]
 
 
 class UNetBaseConfig(TextConfig):
-    """A UNet's inputs and outputs."""
+    """A network's inputs and outputs: of the UNets, and of the patch transformer."""
 
     image_size_px: int = Field(ge=1)
     """Side in pixels of the images the model is designed for; it runs on any side that its levels divide."""
@@ -65,6 +65,11 @@ class UNetBaseConfig(TextConfig):
         self.check_text_layers()
         if self.low_res_noise and not self.low_res:
             raise ValueError("low_res_noise needs low_res")
+        if self.needs_empty_caption and (not isinstance(self.text_dim, int) or self.text_embed_dim is not None):
+            raise ValueError(
+                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder alone "
+                f"(got text_dim {self.text_dim} and text_embed_dim {self.text_embed_dim})"
+            )
 
     def check_image_size(self, levels: int, divisor: int) -> None:
         """Raises ValueError unless the levels divide image_size_px."""
@@ -151,11 +156,6 @@ class AttentionUNetConfig(UNetBaseConfig):
             raise ValueError(f"init_kernel_size must be odd (got {self.init_kernel_size})")
         if attends and self.attention_type != "self" and self.text_dim is None and self.image_embed_dim is None:
             raise ValueError(f"attention_type {self.attention_type!r} reads text, but text_dim is null; use 'self'")
-        if self.needs_empty_caption and (not isinstance(self.text_dim, int) or self.text_embed_dim is not None):
-            raise ValueError(
-                "dropped_caption=empty_caption is for a model that reads captions as tokens of one encoder alone "
-                f"(got text_dim {self.text_dim} and text_embed_dim {self.text_embed_dim})"
-            )
         if self.pooling == "multihead" and self.text_width is not None and self.text_width % self.pooling_heads:
             raise ValueError(f"pooling_heads {self.pooling_heads} does not divide the text's width {self.text_width}")
         resolutions = () if self.transcription is None else self.transcription.resolutions

@@ -1,4 +1,4 @@
-"""Conditions and images before the first block of a UNet."""
+"""Conditions and images before the first block of a UNet; images before that of a transformer too."""
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,7 @@ def check_sides(x: Tensor, divisor: int) -> None:
         raise ValueError(f"this model needs sides that are multiples of {divisor} px (got {tuple(x.shape[-2:])})")
 
 
-def run_block(block: nn.Module, x: Tensor, context: Context, *, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, context: object, *, recompute: bool) -> Tensor:
     """Runs a block; `recompute` keeps only its input for the backward pass (activation checkpointing)."""
     if recompute and torch.is_grad_enabled():
         result = checkpoint(block, x, context, use_reentrant=False)

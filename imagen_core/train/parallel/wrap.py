@@ -11,13 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from imagen_core.models.layers.noise_embedding import LearnedFourierEmbedding
 from imagen_core.models.layers.positions import Rotary
 from imagen_core.models.layers.transformer import TransformerLayer
+from imagen_core.models.transformer.blocks import PatchBlock
 from imagen_core.models.unet.block import Block
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
 from imagen_core.train.parallel.precision import autocast_dtype
 from imagen_core.train.parallel.world import World
 
-BLOCKS = (Block, TransformerLayer)
+BLOCKS = (Block, PatchBlock, TransformerLayer)
 """The repeated blocks of networks: each is sharded on its own, and the linear layers in them are hidden ones."""
 _NET = "denoiser.net"  # in the loss; all parameters are below it
 

@@ -1,4 +1,4 @@
-"""Small UNets and inputs for the tests of this folder."""
+"""Small networks and inputs for the tests of this folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.transformer.model import TransformerConfig
 from imagen_core.models.unet.base import UNetBaseConfig
 from imagen_core.models.unet.block import Level
 from imagen_core.models.unet.efficient import EfficientUNetConfig
@@ -44,6 +45,20 @@ def efficient(**changes: Any) -> EfficientUNetConfig:
         "text_dim": TEXT_DIM,
     }
     return EfficientUNetConfig.model_validate(options | changes)
+
+
+def transformer(**changes: Any) -> TransformerConfig:
+    """Four blocks on 4 x 4 patches of 4 px, 16 px, two heads."""
+    options = {
+        "image_size_px": 16,
+        "patch_px": 4,
+        "bottleneck_dim": 10,
+        "dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "text_dim": TEXT_DIM,
+    }
+    return TransformerConfig.model_validate(options | changes)
 
 
 NO_EFFECT = ("inputs.text.pool.score.bias",)
@@ -86,7 +101,7 @@ def calls_of(blocks: Sequence[nn.Module], model: nn.Module, *arguments: Any) -> 
 
 
 def inputs(
-    config: RegularUNetConfig | EfficientUNetConfig,
+    config: UNetBaseConfig,
     *,
     lengths: tuple[int, ...] = (3, 5),
     padded_to: int = 6,
@@ -104,7 +119,7 @@ def inputs(
     x, c_noise = normal(batch, config.in_channels, side_px, side_px), normal(batch)
     low_res, low_res_noise = normal(batch, config.in_channels, side_px, side_px), normal(batch)
     text = mask = None
-    if config.text_dim is not None:
+    if isinstance(config.text_dim, int):
         text, mask = captions(lengths, padded_to, config.text_dim, dtype=dtype)
     conditioning = replace(
         other_conditions(config, batch, dtype, side_px=side_px),

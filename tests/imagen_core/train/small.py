@@ -48,6 +48,20 @@ FLOW = {
     "loss_space": "velocity",
     "velocity_min_t": 0.05,
 }
+TRANSFORMER_UNET = {
+    "family": "transformer",
+    "image_size_px": 16,
+    "patch_px": 4,
+    "bottleneck_dim": 12,
+    "dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "text_dim": DIM,
+}
+TRANSFORMER = {"unet": TRANSFORMER_UNET, "size_px": 16}
+TRANSFORMER_SUPER = SUPER | {
+    "unet": TRANSFORMER_UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True, "time": "shared"}
+}
 
 
 def make_store(

@@ -19,7 +19,7 @@ from tests.imagen_core.models.small import random_weights, regular
 WIDE, NARROW, LAYERS = 12, 10, 3
 LENGTHS = ((3, 4), (2, 1))
 """Tokens of the two captions by each encoder."""
-FAMILIES = ("regular", "efficient", "hybrid", "prior")
+FAMILIES = ("regular", "efficient", "hybrid", "transformer", "prior")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

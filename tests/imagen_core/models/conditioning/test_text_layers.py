@@ -14,7 +14,7 @@ from imagen_core.models.conditioning.text_layers import TextLayers
 from imagen_core.models.hybrid.unet import HybridUNetConfig
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.train.memory import estimate_memory
-from tests.imagen_core.models.small import efficient, random_weights, regular
+from tests.imagen_core.models.small import efficient, random_weights, regular, transformer
 
 LAYERS, DIM, VECTOR = 3, 12, 10
 HYBRID = {
@@ -37,10 +37,12 @@ def config(family: str, **changes: Any) -> Any:
         return PriorNetworkConfig.model_validate(PRIOR | changes)
     if family == "hybrid":
         return HybridUNetConfig.model_validate(HYBRID | changes)
+    if family == "transformer":
+        return transformer(**changes)
     return regular(**changes) if family == "regular" else efficient(low_res=False, **changes)
 
 
-FAMILIES = ("regular", "efficient", "hybrid", "prior")
+FAMILIES = ("regular", "efficient", "hybrid", "transformer", "prior")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

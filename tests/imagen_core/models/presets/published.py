@@ -53,4 +53,16 @@ TABLE = {
     "dalle2_decoder": 186_292_291,
     "dalle2_decoder_text": 187_489_347,
     "dalle2_decoder_sr": 16_496_252,
+    # JiT: the layers of its code, counted by `jit_parameters` of test_presets.py (published as 131M, 459M, 953M, 2B)
+    "jit_b_16": 131_123_712,
+    "jit_b_32": 133_190_400,
+    "jit_l_16": 458_877_664,
+    "jit_l_32": 461_534_176,
+    "jit_h_16": 952_514_368,
+    "jit_h_32": 956_055_616,
+    "jit_g_16": 2_007_130_000,
+    "jit_g_32": 2_011_555_984,
+    # PRX: counts of diffusers' PRXTransformer2DModel
+    "prx_pixel": 7_003_535_872,
+    "prx_jit_32": 1_177_215_744,
 }

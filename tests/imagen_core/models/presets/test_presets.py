@@ -26,6 +26,26 @@ def test_every_preset_is_of_a_published_model():
     assert set(PRESETS) == set(TABLE)
 
 
+def jit_parameters(patch_px: int, depth: int, dim: int, heads: int, bottleneck: int) -> int:
+    """Trained parameters of JiT, layer by layer as in its code."""
+    head, mlp, pixels = dim // heads, int(int(4 * dim) * 2 / 3), 3 * patch_px**2
+    time, labels, context = 256 * dim + dim + dim * dim + dim, (1000 + 1) * dim, 32 * dim
+    patches = pixels * bottleneck + bottleneck * dim + dim
+    attention = dim * 3 * dim + 3 * dim + 2 * head + dim * dim + dim
+    feed_forward = dim * 2 * mlp + 2 * mlp + mlp * dim + dim
+    block = 2 * dim + attention + feed_forward + dim * 6 * dim + 6 * dim
+    return time + labels + context + patches + depth * block + dim + dim * 2 * dim + 2 * dim + dim * pixels + pixels
+
+
+@pytest.mark.parametrize(
+    ("size", "numbers"),
+    {"b": (12, 768, 12, 128), "l": (24, 1024, 16, 128), "h": (32, 1280, 16, 256), "g": (40, 1664, 16, 256)}.items(),
+)
+@pytest.mark.parametrize("patch_px", [16, 32])
+def test_jits_parameters_are_those_of_its_layers(size: str, numbers: tuple[int, int, int, int], patch_px: int):
+    assert jit_parameters(patch_px, *numbers) == PRESETS[f"jit_{size}_{patch_px}"].parameters
+
+
 def test_all_models_but_one_take_the_aspect_ratio_buckets_of_64_px():
     taken = {}
     for name, preset in PRESETS.items():

@@ -19,7 +19,7 @@ from imagen_core.train.lora.adapter import (
     saved_parameters,
     target_layers,
 )
-from tests.imagen_core.models.small import captions, efficient, random_weights, regular
+from tests.imagen_core.models.small import captions, efficient, random_weights, regular, transformer
 from tests.imagen_core.models.small import inputs as unet_inputs
 
 TEXT_DIM = 12
@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "regular": {"unet": regular(), "size_px": 16},
     "efficient": {"unet": efficient(low_res=False), "size_px": 16},
     "hybrid": {"unet": HYBRID, "size_px": 16},
+    "transformer": {"unet": transformer(), "size_px": 16},
     "prior": PRIOR,
 }
 LORA = LoraConfig(rank=3, alpha=6)

@@ -15,7 +15,7 @@ import torch
 
 from imagen_core.train import train
 from tests.imagen_core.train.processes import ROOT, job, keys_in_order, newest, report, train_split
-from tests.imagen_core.train.small import BASE, SUPER, make_config, metrics, tensors
+from tests.imagen_core.train.small import BASE, SUPER, TRANSFORMER, make_config, metrics, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +27,7 @@ ONE: dict[str, dict[str, Any]] = {
         "validation": {"num_samples": 7},
     },  # 33 samples: the fifth batch has one, so one process none
     "split": {"num_steps": 13},
+    "transformer": {"num_steps": 3, "denoiser": TRANSFORMER},
     "times": {
         "num_steps": 5,
         "noise_levels": {"kind": "loss_second_moment"},
@@ -39,6 +40,7 @@ TWO: dict[str, dict[str, Any]] = {
     "base-micro": {**ONE["base"], "micro_batch_size": 2},
     "super": ONE["super"],
     "uneven": {**ONE["uneven"], "micro_batch_size": 3},
+    "transformer": ONE["transformer"],
     "times-micro": {**ONE["times"], "micro_batch_size": 3},
     "stopped": {"stop_at": 2},
     "lost": {"unreadable": 3},

@@ -15,7 +15,7 @@ from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.train import load_checkpoint, train
 from imagen_core.train.parallel.wrap import shard
 from tests.imagen_core.train.processes import keys_in_order, newest, report, train_split
-from tests.imagen_core.train.small import SUPER, make_config, metrics, tensors
+from tests.imagen_core.train.small import SUPER, TRANSFORMER, make_config, metrics, tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,12 +25,14 @@ ONE: dict[str, dict[str, Any]] = {
     "uneven": {"num_steps": 6, "validation": {"num_samples": 7, "every_steps": 3}},
     "split": {"num_steps": 13},
     "offloaded": {"num_steps": 3, "optimizer": {"lr": 1e-3, "on_cpu": True}},
+    "transformer": {"num_steps": 3, "denoiser": TRANSFORMER},
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "base": ONE["base"],
     "super": {**ONE["super"], "micro_batch_size": 3},
     "uneven": {**ONE["uneven"], "micro_batch_size": 1},
     "offloaded": ONE["offloaded"],
+    "transformer": {**ONE["transformer"], "micro_batch_size": 2},
 }
 
 

@@ -45,6 +45,16 @@ HYBRID = {
     "head_dim": 8,
     "text_dim": TEXT_DIM,
 }
+TRANSFORMER = {
+    "family": "transformer",
+    "image_size_px": 16,
+    "patch_px": 4,
+    "bottleneck_dim": 12,
+    "dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "text_dim": TEXT_DIM,
+}
 SUPER = {"low_res": True, "low_res_noise": True}
 DISCRETE = {"schedule": {"kind": "discrete", "num_steps": 50, "beta": "cosine"}, "objective": "eps"}
 ENCODER = {

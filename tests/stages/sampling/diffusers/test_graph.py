@@ -9,7 +9,7 @@ from torch import Tensor
 from imagen_core.cascade import CascadeStage
 from imagen_core.models import Conditioning
 from stages.sampling.diffusers.graph import NetworkGraph, trace
-from tests.stages.sampling.diffusers.models import DISCRETE, EFFICIENT, HYBRID, REGULAR, SUPER, stage
+from tests.stages.sampling.diffusers.models import DISCRETE, EFFICIENT, HYBRID, REGULAR, SUPER, TRANSFORMER, stage
 
 pytestmark = pytest.mark.slow  # diffusers takes seconds to import
 
@@ -28,6 +28,17 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hybrid, super-resolution": (
         HYBRID | SUPER | {"memory_efficient": True, "combine_up_features": True, "init_residual": True},
         {"low_res_px": 8, "low_res_noise": {"kind": "uniform"}, "diffusion": {"objective": "v"}},
+    ),
+    "transformer": (TRANSFORMER | {"size_vector": True, "position_scaling": "area"}, {}),
+    "transformer, cross attention, one modulation, super-resolution": (
+        TRANSFORMER | SUPER | {"attention_type": "cross", "time": "shared"},
+        {"low_res_px": 8, "low_res_noise": {"kind": "uniform"}},
+    ),
+    "transformer, classes as tokens": (
+        TRANSFORMER
+        | {"text_dim": None, "attention_type": "self", "num_classes": 5, "num_class_tokens": 2, "time": "token"}
+        | {"fixed_positions": True, "class_tokens_from": 1},
+        {"diffusion": DISCRETE},
     ),
 }
 
