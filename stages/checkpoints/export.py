@@ -10,7 +10,7 @@ from imagen_core.train.lora.file import write_adapter
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
 from pipeline.storage import LocalStorage, Storage
-from pipeline.storage.files import TEMPORARY_MARK, file_digest, make_folder, remove_if_present
+from pipeline.storage.files import file_digest, unfinished_folder
 from pipeline.units import human_bytes
 from stages.checkpoints.imported import check_above
 from stages.checkpoints.load import _ONE_FILE, load_checkpoint_from
@@ -56,17 +56,14 @@ def _publish(storage: Storage, name: str, out: str, write: Callable[[Path], None
     Raises:
         ConfigError: another file is there.
     """
-    temporary = storage.local / f"{TEMPORARY_MARK}{name}"  # always the same: no kill leaves it
-    make_folder(temporary.parent)
-    try:
+    with unfinished_folder(storage.local / name) as folder:
+        temporary = folder / name
         write(temporary)
         size = temporary.stat().st_size
         if (before := _digest(storage, name)) is None:
             storage.publish(temporary, name)
         elif before != file_digest(temporary):
             raise ConfigError(f"--out {out}: exists, and is another model or file; give a new file")
-    finally:
-        remove_if_present(temporary)
     return size
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, first_line
-from pipeline.storage.files import TEMPORARY_MARK, commit_folder, make_folder, read_json, write_text
-from stages.checkpoints.imported import check_above, load_tensors
+from pipeline.storage.files import commit_folder, read_json, unfinished_folder, write_text
+from stages.checkpoints.imported import check_new, load_tensors
 from stages.encoders.model_files import OPEN_CLIP_CONFIG, find_model, tokenizer_files
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
     if len(paths) != 1:
         raise ConfigError(f"give one folder with the files of open_clip (got {len(paths)} paths)")
     folder, target = Path(paths[0]), local_path(out, "--out")
-    check_above(target, out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; give a new folder")
+    check_new(target, out)
     settings = read_json(folder / OPEN_CLIP_CONFIG)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_cfg"), dict):
         raise ConfigError(
@@ -104,16 +102,12 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
             "open_clip's own: a CLIP such as openai/clip-vit-large-patch14)"
         )
     tensors = _tensors(folder, config)
-    make_folder(target.absolute().parent)
-    temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with unfinished_folder(target) as temporary:
+        check_new(target, out)  # another process may have ended meanwhile
         _write(temporary, config, tensors, settings.get("preprocess_cfg") or {})
         for file in tokenizer:
             shutil.copyfile(file, temporary / file.name)
         commit_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     has_images = config["model_type"] == "clip"
     lines = [
         f"{folder} -> {target}" + ("" if has_images else ", without its image half, which is no vision transformer"),
@@ -254,7 +248,6 @@ def _write(
 ) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2))
     if config["model_type"] == "clip":
