@@ -95,6 +95,7 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
             f"{folder}: has no {OPEN_CLIP_CONFIG} with a model_cfg; give a folder with the files of open_clip"
         )
     config = _config(settings["model_cfg"], f"{folder / OPEN_CLIP_CONFIG}: model_cfg")
+    preprocessing = _preprocessing(settings.get("preprocess_cfg") or {}, f"{folder / OPEN_CLIP_CONFIG}")
     tokenizer = tokenizer_files(folder) or _other_tokenizer(encoder_model)
     if not tokenizer:
         raise ConfigError(
@@ -104,7 +105,7 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
     tensors = _tensors(folder, config)
     with unfinished_folder(target) as temporary:
         check_new(target, out)  # another process may have ended meanwhile
-        _write(temporary, config, tensors, settings.get("preprocess_cfg") or {})
+        _write(temporary, config, tensors, preprocessing)
         for file in tokenizer:
             shutil.copyfile(file, temporary / file.name)
         commit_folder(temporary, target)
@@ -129,7 +130,7 @@ def _config(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         ConfigError: a setting without a counterpart.
     """
     text_cfg, vision_cfg, dim = model.get("text_cfg"), model.get("vision_cfg"), model.get("embed_dim")
-    if not isinstance(text_cfg, dict) or not isinstance(vision_cfg, dict) or not isinstance(dim, int):
+    if not isinstance(text_cfg, dict) or not isinstance(vision_cfg, dict) or not _is_size(dim):
         raise ConfigError(f"{where}: has no embed_dim, text_cfg and vision_cfg; give a CLIP of open_clip")
     if unknown := sorted(key for key, value in model.items() if value and key not in _MODEL | _TRAINED_WITH):
         raise ConfigError(f"{where}.{unknown[0]}: is not of a plain CLIP, and only those are read")
@@ -167,7 +168,13 @@ def _half(settings: Mapping[str, Any], name: str, known: Mapping[str, Any], wher
                 f"{where}.{name}.{key}: is {value!r}, which CLIP in transformers has not; give a plain CLIP, or "
                 "the model in the format of transformers (kind: auto reads other text encoders)"
             )
+        if key in known and value is not None and not _is_size(value, float if key == "mlp_ratio" else int):
+            raise ConfigError(f"{where}.{name}.{key}: must be a positive number (got {value!r}); give a plain CLIP")
     return {**known, **{key: settings[key] for key in known if settings.get(key) is not None}}
+
+
+def _is_size(value: object, kind: type[int | float] = int) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
 def _shape(half: Mapping[str, Any], heads: int, act: str) -> dict[str, Any]:
@@ -243,14 +250,25 @@ def _renamed(full: str, values: "Tensor") -> "Iterator[tuple[str, Tensor]]":
         yield layer + _PARTS.get(block[3], block[3]) + block[4], values
 
 
+def _preprocessing(settings: Any, where: str) -> dict[str, list[float]]:
+    """The preprocessor_config.json; settings left out are left out of it too."""
+    found = {}
+    for name in ("mean", "std"):
+        value = settings.get(name) if isinstance(settings, dict) else settings
+        if value is None:
+            continue
+        if not isinstance(value, list) or len(value) != 3 or not all(type(one) in (int, float) for one in value):
+            raise ConfigError(f"{where}: preprocess_cfg.{name}: must be three numbers (got {value!r})")
+        found[f"image_{name}"] = value
+    return found
+
+
 def _write(
-    folder: Path, config: Mapping[str, Any], tensors: "dict[str, Tensor]", preprocess: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], tensors: "dict[str, Tensor]", preprocessing: Mapping[str, Any]
 ) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2))
     if config["model_type"] == "clip":
-        images = {"image_mean": preprocess.get("mean"), "image_std": preprocess.get("std")}
-        given = {name: value for name, value in images.items() if value is not None}
-        write_text(folder / "preprocessor_config.json", json.dumps(given, indent=2))
+        write_text(folder / "preprocessor_config.json", json.dumps(preprocessing, indent=2))
