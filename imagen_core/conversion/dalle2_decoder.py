@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imagen_core.config import in_one_line
 from imagen_core.conversion.dalle2_prior import LATEST, Version, check_version
 from imagen_core.conversion.dalle2_unet import unet_config
 from imagen_core.diffusion.config import DenoiserConfig
@@ -87,7 +88,7 @@ def decoder_unets(settings: Mapping[str, Any], version: Version = LATEST) -> lis
             config = _denoiser(index, unet, decoder, sizes)
             unets.append(DecoderUnet(index, config, _sampling(index, decoder), _constrained(decoder)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"unets.{index}: {error}") from error
+            raise ValueError(f"unets.{index}: {in_one_line(error)}") from error
     return unets
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imagen_core.config import in_one_line
 from imagen_core.conversion.imagen_pytorch_unet import unet_config
 from imagen_core.diffusion.config import DenoiserConfig
 from imagen_core.models.hybrid.unet import HybridUNetConfig
@@ -121,7 +122,7 @@ def cascade_unets(
             config = _denoiser(index, network, imagen, elucidated=elucidated)
             sampling = _sampling(index, imagen, elucidated=elucidated)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"unets.{index}: {error}") from error
+            raise ValueError(f"unets.{index}: {in_one_line(error)}") from error
         unets.append(CascadeUnet(index, config, sampling))
     return unets
 

@@ -13,6 +13,7 @@ from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
 from imagen_core.sealed import write_sealed
 from imagen_core.store import Store
+from imagen_core.text_batch import EncoderRecords
 from imagen_core.train.averages.ema import WeightAverages
 from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, refuse_other
 from imagen_core.train.checkpoints.init_from import Start, initialize_from
@@ -100,14 +101,15 @@ def train(
         found = newest_checkpoint(out / "checkpoints", world)
         if found is None:
             refuse_lost(out, config)
-        denoiser, base = _make_denoiser(config, world, stores, load)
+        trained_on = encoder_records(stores, config, online_encoder)["encoder"] if found is None else None
+        denoiser, base = _make_denoiser(config, world, stores, load, trained_on)
         loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
         encode = None if online_encoder is None else online_encoder.load()
         context = TrainingContext(config, stores, world, denoiser, loss, encode, null_text(stores, config, encode))
 
         # What training changes, as the newest checkpoint has it.
         if found is None and config.init_from is not None:
-            loaded = base or initialize_from(denoiser, config, load)
+            loaded = base or initialize_from(denoiser, config, load, trained_on)
             if world.is_main:
                 write_sealed(out / "start.json", asdict(loaded))
         state = TrainState(
@@ -142,13 +144,13 @@ def train(
 
 
 def _make_denoiser(
-    config: TrainConfig, world: World, stores: Mapping[str, Store], load: LoadCheckpoint
+    config: TrainConfig, world: World, stores: Mapping[str, Store], load: LoadCheckpoint, encoder: EncoderRecords
 ) -> tuple[Denoiser, Start | None]:
     """The model of this process, and the base that was loaded into it, if an adapter is trained."""
     torch.manual_seed(mix(config.seed, RandomStream.WEIGHTS))
     denoiser, base = Denoiser(config.denoiser), None
     if config.lora is not None:
-        base = initialize_from(denoiser, config, load)
+        base = initialize_from(denoiser, config, load, encoder)
         add_new_adapter(denoiser, config.lora)
     denoiser.to(world.device, weights_dtype(config.precision))
     if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only

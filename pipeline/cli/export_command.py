@@ -39,6 +39,9 @@ SamplingConfig = Annotated[
 EncoderModel = Annotated[
     str | None, typer.Option(help="With --to diffusers: where the text encoder is; a folder is copied.")
 ]
+LoraBase = Annotated[
+    str | None, typer.Option(help="Of an adapter: where the model is that it was trained on, if it was moved.")
+]
 Sizes = Annotated[
     list[int] | None, typer.Option(help="Of a store: a size of the images; may be repeated. Default: all.")
 ]
@@ -63,6 +66,7 @@ def export(
     weights: Weights = None,
     sampling: SamplingConfig = None,
     encoder_model: EncoderModel = None,
+    lora_base: LoraBase = None,
     size: Sizes = None,
     encoder: Encoders = None,
     codec: Codec = None,
@@ -81,6 +85,8 @@ def export(
     of_stores = {"--size": size, "--encoder": encoder, "--codec": codec, "--executor": executor}
     of_stores |= {"--restart": restart, "--quiet": quiet}
     of_cascades = {"--sampling": sampling, "--encoder-model": encoder_model}
+    if to is not None and to != _ADAPTER:
+        _refuse({"--lora-base": lora_base}, "is for exports to one file; export to one first, and then give that file")
     if to == _DIFFUSERS:
         _refuse(of_stores, f"is for exports of a store (--to {_STORE_TARGETS}); leave it out")
         from pipeline.cli.presets import find_config
@@ -94,7 +100,8 @@ def export(
     _refuse(of_cascades, "is for exports of a cascade; add --to diffusers")
     if to is None or to == _ADAPTER:
         _refuse(of_stores | {"--dtype": dtype}, f"is for exports of a store; add --to {_STORE_TARGETS}")
-        show_stage_command("export", paths[0], as_json, out=out, weights=weights, adapter=to == _ADAPTER)
+        options = {"weights": weights, "adapter": to == _ADAPTER, "lora_base": lora_base}
+        show_stage_command("export", paths[0], as_json, out=out, **options)
         return
     _refuse({"--weights": weights}, "is for exports of a model; leave it out, or --to")
     values = {"sizes_px": size, "encoders": encoder, "codec": codec, "dtype": dtype}

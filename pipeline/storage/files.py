@@ -5,6 +5,7 @@ old file or the new one.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LockedError
 
 TEMPORARY_MARK = ".tmp-"
 RESTORE = "restore it from a copy, or delete it"
@@ -80,6 +81,74 @@ def commit_folder(temporary: Path, final: Path) -> None:
         fsync_path(Path(folder))
     os.replace(temporary, final)
     fsync_path(final.parent)
+
+
+@contextmanager
+def unfinished_folder(target: Path, option: str = "--out", *, resume: bool = False) -> Iterator[Path]:
+    """A hidden folder next to `target`, which the caller fills and hands to `commit_folder`; else it is deleted.
+
+    Its name is always the same, so that the next call clears up after one that was killed.
+
+    Args:
+        target: where the folder, or a file out of it, will be.
+        option: names the place in the error.
+        resume: what a killed or failed call left stays in the folder; otherwise it is empty.
+    Raises:
+        LockedError: another process of this machine makes the same folder.
+    """
+    target = target.absolute()
+    folder = target.with_name(f"{TEMPORARY_MARK}{target.name}")
+    lock = _open_locked(folder)
+    if lock is None:
+        raise LockedError(f"{option} {target}: another process is writing it; wait for its end, then run this again")
+    try:
+        if not resume:
+            _empty(folder)
+        yield folder
+    finally:
+        if not resume and _is_at(folder, lock):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _open_locked(folder: Path) -> int | None:
+    """An open descriptor of the folder, which is made if there is none, with its lock; None if that is held.
+
+    The system takes the lock back when the process ends, and it moves along when the folder is renamed.
+    """
+    if folder.is_file():
+        remove_if_present(folder)  # of an export by an earlier version
+    while True:
+        make_folder(folder)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # renamed or deleted meanwhile
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # a file system without locks of folders, such as NFS
+            pass
+        if _is_at(folder, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Whether the open folder still has its name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    return False
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read_json(path: Path) -> Any:

@@ -83,11 +83,11 @@ def _read(place: str, folder: Path, classes: Iterable[str]) -> PipelineFiles:
 
 
 def _check_class(place: str, index: Path, classes: Iterable[str]) -> str:
-    name = str(_json(index).get("_class_name"))
-    if name not in classes:
+    name = _json(index).get("_class_name")
+    if not isinstance(name, str) or name not in classes:
         raise ConfigError(
-            f"{place}: {INDEX} names a {name}, and only {' and '.join(classes)} can be imported: a latent model, or "
-            "the latent upscaler that is used as stage III, has no counterpart here"
+            f"{place}: {INDEX} names {f'a {name}' if name else 'no class'}, and only {' and '.join(classes)} can be "
+            "imported: a latent model, or the latent upscaler that is used as stage III, has no counterpart here"
         )
     return name
 
@@ -98,7 +98,7 @@ def _json(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: is missing; give a complete pipeline in diffusers' layout") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({first_line(error)})") from error
+        raise ConfigError(f"{file}: cannot be read as JSON ({first_line(error)}); download it again") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must be a JSON object (got a {type(content).__name__})")
     return content

@@ -10,18 +10,21 @@ from imagen_core.train.lora.file import write_adapter
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError
 from pipeline.storage import LocalStorage, Storage
-from pipeline.storage.files import TEMPORARY_MARK, file_digest, make_folder, remove_if_present
+from pipeline.storage.files import file_digest, unfinished_folder
 from pipeline.units import human_bytes
 from stages.checkpoints.imported import check_above
 from stages.checkpoints.load import _ONE_FILE, load_checkpoint_from
 from stages.places import split_place
 
 
-def export_model(place: str, *, out: str, weights: str | None = None, adapter: bool = False) -> CommandResult:
+def export_model(
+    place: str, *, out: str, weights: str | None = None, adapter: bool = False, lora_base: str | None = None
+) -> CommandResult:
     """Writes the weights of a training, or one of their averages, with the model's configuration as one file.
 
     Args:
         adapter: write the adapter of a training with `lora` alone; otherwise it is merged into its base.
+        lora_base: where the base of an adapter is, if it was moved.
     Raises:
         ConfigError: there is no such checkpoint, or `out` is not a new .safetensors file. A file of the same export
             is no error: a killed export may be started again, whatever it had done.
@@ -30,7 +33,7 @@ def export_model(place: str, *, out: str, weights: str | None = None, adapter: b
         raise ConfigError(f"--out {out}: must end in {_ONE_FILE}; give a new file")
     storage, name = split_place(out)
     _check_target(storage, name, out)
-    use = LoraUseConfig(merge=False) if adapter else None
+    use = LoraUseConfig(merge=not adapter, base=lora_base) if adapter or lora_base else None
     try:
         model = load_checkpoint_from(place, weights, use)
     except TrainError as error:
@@ -56,17 +59,14 @@ def _publish(storage: Storage, name: str, out: str, write: Callable[[Path], None
     Raises:
         ConfigError: another file is there.
     """
-    temporary = storage.local / f"{TEMPORARY_MARK}{name}"  # always the same: no kill leaves it
-    make_folder(temporary.parent)
-    try:
+    with unfinished_folder(storage.local / name) as folder:
+        temporary = folder / name
         write(temporary)
         size = temporary.stat().st_size
         if (before := _digest(storage, name)) is None:
             storage.publish(temporary, name)
         elif before != file_digest(temporary):
             raise ConfigError(f"--out {out}: exists, and is another model or file; give a new file")
-    finally:
-        remove_if_present(temporary)
     return size
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
-from stages.checkpoints.imported import ImportedStage, in_one_line, load_tensors, new_folder, write_stages
+from stages.checkpoints.imported import ImportedStage, explained, load_tensors, new_folder, write_stages
 
 _MAX_TOKENS = 128
 """A training's own default; these models read no captions."""
@@ -54,14 +54,12 @@ def _stage(path: Path, text: str | None) -> ImportedStage:
     low_res = _upsamples(path, _tensors(path))
     flags, saved = path.with_suffix(".flags"), path.with_name("config.json")
     where = "--flags" if text is not None else str(flags if flags.is_file() else saved)
-    try:
+    with explained(f"{path}: {where}"):
         if text is None and not flags.is_file():
             settings, config = _of_config(path, saved, low_res)
         else:
             settings, config = _of_flags(_read(flags) if text is None else text, low_res)
         session = sampling(settings)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {where}: {in_one_line(error)}") from error
     order = settings["use_new_attention_order"]
     return ImportedStage(str(path), config, session, _MAX_TOKENS, partial(_network, path, config, order))
 
@@ -114,10 +112,8 @@ def _network(path: Path, config: Any, new_attention_order: bool) -> dict[str, An
     """The tensors of the UNet by name."""
     from imagen_core.conversion.adm_unet import unet_weights
 
-    try:
+    with explained(f"{path}: the weights do not fit the settings"):
         return unet_weights(_tensors(path), config.unet, new_attention_order=new_attention_order)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
 
 
 def _tensors(path: Path) -> Mapping[str, Any]:

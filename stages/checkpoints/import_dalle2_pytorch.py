@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
 from stages.checkpoints.imported import (
@@ -23,6 +21,7 @@ from stages.checkpoints.imported import (
     ImportedModel,
     ImportedStage,
     clip_encoders,
+    explained,
     load_tensors,
     new_folder,
     write_stages,
@@ -135,10 +134,8 @@ def _settings(path: Path, kind: str) -> Mapping[str, Any]:
 def _prior(model: _Model) -> ImportedModel:
     from imagen_core.conversion.dalle2_prior import prior_config
 
-    try:
+    with explained(f"{model.path}: cannot be built here"):
         config, sampling = prior_config(model.settings, model.version)
-    except (ValidationError, ValueError, TypeError) as error:
-        raise ConfigError(f"{model.path}: cannot be built here: {error}") from error
     max_tokens = min(_MAX_TOKENS, config.network.max_text_tokens)
     return ImportedModel(str(model.path), config, sampling, max_tokens, partial(_prior_network, model, config))
 
@@ -151,19 +148,15 @@ def _prior_network(model: _Model, config: Any) -> dict[str, Any]:
     ema = checkpoint.get("ema") or {}
     averages = checkpoint.get("ema_model") or _under("ema_model.", ema)
     tensors = averages if averages and ema.get("initted", True) else checkpoint["model"]
-    try:
+    with explained(f"{model.path}: the weights do not fit the settings"):
         return prior_weights(_under("net.", tensors), config, model.version)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{model.path}: the weights do not fit the settings: {error}") from error
 
 
 def _decoder(model: _Model) -> list[ImportedStage]:
     from imagen_core.conversion.dalle2_decoder import decoder_unets
 
-    try:
+    with explained(f"{model.path}: cannot be built here"):
         unets = decoder_unets(model.settings, model.version)
-    except (ValidationError, ValueError, TypeError) as error:
-        raise ConfigError(f"{model.path}: cannot be built here: {error}") from error
     return [
         ImportedStage(
             str(model.path),
@@ -184,10 +177,8 @@ def _unet_network(path: Path, unet: Any) -> dict[str, Any]:
     averages, tensors, prefix = checkpoint.get("ema") or {}, checkpoint["model"], f"unets.{unet.index}."
     if averages.get(f"{unet.index}.initted"):
         tensors, prefix = averages, f"{unet.index}.ema_model."
-    try:
+    with explained(f"{path}: the weights of unets.{unet.index} do not fit the settings"):
         return unet_weights(_under(prefix, tensors), unet.config.unet, constrained=unet.constrained)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: the weights of unets.{unet.index} do not fit the settings: {error}") from error
 
 
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

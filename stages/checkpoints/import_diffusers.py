@@ -8,18 +8,16 @@ FOLDER/text_encoder/, tokenizer/    the text encoder, where they are there
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.commands import CommandResult
-from pipeline.errors import ConfigError, first_line
+from pipeline.errors import ConfigError, MachineError, first_line
 from pipeline.storage.scratch import temporary_folder
 from stages.checkpoints.diffusers_files import NOISING, SCHEDULER, UNET, PipelineFiles, find_pipeline
-from stages.checkpoints.imported import ImportedStage, in_one_line, link_files, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, explained, link_files, new_folder, t5_facts, write_stages
 from stages.encoders.recipes.shipped import recipes
 
 CLASSES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -56,10 +54,18 @@ def import_diffusers(paths: Sequence[str], *, out: str, encoder_model: str | Non
     if not files:
         encoder = t5_facts(encoder_model or model, max_tokens, width, **settings)
         return write_stages(target, stages, encoder)
+    return write_stages(target, stages, _facts(files, max_tokens, width, settings), files)
+
+
+def _facts(files: Sequence[Path], max_tokens: int, width: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`t5_facts` of an encoder whose model and tokenizer are in two folders; errors name the model's."""
     with temporary_folder() as parent:
-        link_files(files, parent / "text_encoder")
-        encoder = t5_facts(str(parent / "text_encoder"), max_tokens, width, **settings)
-        return write_stages(target, stages, encoder, files)
+        joined = parent / "text_encoder"
+        link_files(files, joined)
+        try:
+            return t5_facts(str(joined), max_tokens, width, **settings)
+        except (ConfigError, MachineError) as error:
+            raise type(error)(str(error).replace(str(joined), str(files[0].parent))) from error
 
 
 def _stages(found: Sequence[PipelineFiles]) -> list[ImportedStage]:
@@ -69,11 +75,9 @@ def _stages(found: Sequence[PipelineFiles]) -> list[ImportedStage]:
     stages: list[ImportedStage] = []
     for pipe in found:
         configs, below = pipe.configs, stages[-1].config.size_px if stages else None
-        try:
+        with explained(f"{pipe.name}: cannot be built here"):
             config = denoiser_config(configs[UNET], configs[SCHEDULER], configs.get(NOISING), below)
             session = sampling(configs[SCHEDULER], low_res=config.unet.low_res)
-        except (ValidationError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{pipe.name}: cannot be built here: {in_one_line(error)}") from error
         if config.unet.low_res != (pipe.class_name == CLASSES[1]):
             raise ConfigError(
                 f"{pipe.name}: is a {pipe.class_name}, but its UNet reads {configs[UNET]['in_channels']} channels"
@@ -86,10 +90,8 @@ def _network(pipe: PipelineFiles, config: Any) -> dict[str, Any]:
     """The tensors of the UNet by name."""
     from imagen_core.conversion.deepfloyd_unet import unet_weights
 
-    try:
+    with explained(f"{pipe.folder / UNET}: the weights do not fit config.json"):
         return unet_weights(pipe.unet_tensors(), config.unet)
-    except ValueError as error:
-        raise ConfigError(f"{pipe.folder / UNET}: the weights do not fit config.json: {first_line(error)}") from error
 
 
 def _text_encoder(folders: Sequence[Path]) -> list[Path]:
@@ -105,7 +107,7 @@ def _text_encoder(folders: Sequence[Path]) -> list[Path]:
 
 
 def _parts(weights: Path) -> list[Path]:
-    """A file of weights, or its index and the parts that it names; none if one is missing."""
+    """A file of weights, or its index and the parts that it names; none if there is neither."""
     if weights.is_file():
         return [weights]
     index = weights.with_name(f"{weights.name}.index.json")
@@ -116,4 +118,9 @@ def _parts(weights: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{index}: cannot be read as an index of weights ({first_line(error)})") from error
     parts = [index, *(weights.with_name(str(name)) for name in names)]
-    return parts if all(part.is_file() for part in parts) else []
+    if missing := next((part for part in parts if not part.is_file()), None):
+        raise ConfigError(
+            f"{missing}: is missing, but {index.name} names it; download it again, or say with --encoder-model which "
+            "text encoder to take"
+        )
+    return parts

@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
-from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, explained, load_tensors, new_folder, t5_facts, write_stages
 
 _ENCODED_TOKENS = 256
 """Tokens of a caption that it encodes, before they are truncated to max_text_len."""
@@ -72,10 +70,8 @@ def _settings(path: Path) -> tuple[dict[str, Any], bool]:
         raise ConfigError(f"{where}: its type must be original or elucidated (got {kind!r})")
     if not isinstance(imagen, Mapping):
         raise ConfigError(f"{where}: must be settings by name (got {imagen!r})")
-    try:
+    with explained(where):
         return cascade_settings(imagen, elucidated=_TYPES[kind]), _TYPES[kind]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def _read_settings(path: Path) -> tuple[Any, Any]:
@@ -112,10 +108,8 @@ def _stages(
 
     text_dim = encoder["dim"] if encoder is not None and imagen["condition_on_text"] else None
     group_norm = any(".groupnorm." in name for name in _checkpoint(path)["model"])
-    try:
+    with explained(f"{path}: cannot be built here"):
         unets = cascade_unets(imagen, elucidated=elucidated, text_dim=text_dim, group_norm=group_norm)
-    except (ValidationError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be built here: {error}") from error
     return [
         ImportedStage(
             str(path),
@@ -140,10 +134,8 @@ def _network(path: Path, index: int, config: Any) -> dict[str, Any]:
     else:
         prefix = f"unets.{index}."
     state = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-    try:
+    with explained(f"{path}: the weights of unets.{index} do not fit the settings"):
         return unet_weights(state, config.unet)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: the weights of unets.{index} do not fit the settings: {error}") from error
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

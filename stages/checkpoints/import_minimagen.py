@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError
-from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, explained, load_tensors, new_folder, t5_facts, write_stages
 
 MODELS = {
     **{f"t5_{size}": f"t5-{size}" for size in ("small", "base", "large", "3b", "11b")},
@@ -107,7 +105,7 @@ def _denoiser(index: int, settings: Mapping[str, Any], imagen: Mapping[str, Any]
     schedule = {"kind": "discrete", "num_steps": steps, "beta": "linear"}
     level = imagen.get("lowres_sample_noise_level", 0.2)
     noise = {"kind": "uniform", "schedule": schedule, "per": "batch", "sample_time": level}
-    try:
+    with explained(f"unet_{index}: cannot be built here"):
         channels = imagen.get("channels", 3)
         unet = unet_config(settings, text_dim=text_dim, channels=channels, low_res=low_res, size_px=sizes[index])
         return DenoiserConfig.model_validate(
@@ -120,8 +118,6 @@ def _denoiser(index: int, settings: Mapping[str, Any], imagen: Mapping[str, Any]
                 "low_res_upsampling": "cubic_reflect" if low_res else "bicubic",
             }
         )
-    except (ValidationError, ValueError, IndexError, TypeError) as error:
-        raise ConfigError(f"unet_{index}: cannot be built here: {error}") from error
 
 
 def _sampling(imagen: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +134,5 @@ def _network(weights: Path, config: Any) -> dict[str, Any]:
     """The tensors of the UNet by name."""
     from imagen_core.conversion.minimagen import unet_weights
 
-    try:
+    with explained(f"{weights}: does not fit the settings in parameters/"):
         return unet_weights(load_tensors(weights, str(weights)), config.unet)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{weights}: does not fit the settings in parameters/: {error}") from error

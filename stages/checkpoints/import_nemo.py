@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from pipeline.commands import CommandResult
 from pipeline.errors import ConfigError, first_line
-from stages.checkpoints.imported import ImportedStage, load_tensors, new_folder, t5_facts, write_stages
+from stages.checkpoints.imported import ImportedStage, explained, load_tensors, new_folder, t5_facts, write_stages
 
 ENCODER = "google-t5/t5-11b"
 """NeMo's text encoder."""
@@ -56,10 +55,8 @@ def _stage(path: Path) -> ImportedStage:
     if path.suffix not in (".nemo", ".ckpt"):
         raise ConfigError(f"{path}: give a .nemo or .ckpt of NeMo")
     model = _settings_of_nemo(path) if path.suffix == ".nemo" else _settings_of_ckpt(path)
-    try:
+    with explained(f"{path}: cannot be built here"):
         config, sampling = denoiser_config(model), _sampling(preconditioning(model))
-    except (ValidationError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: cannot be built here: {error}") from error
     max_tokens = model["conditioning"]["token_length"]
     return ImportedStage(str(path), config, sampling, max_tokens, partial(_network, path, config))
 
@@ -83,10 +80,8 @@ def _network(path: Path, config: Any) -> dict[str, Any]:
         state = _weights_of_nemo(path)
     else:
         state = _checkpoint(path)["state_dict"]
-    try:
+    with explained(f"{path}: the weights do not fit the settings"):
         return unet_weights(state, config.unet)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path}: the weights do not fit the settings: {error}") from error
 
 
 def _settings_of_nemo(path: Path) -> Mapping[str, Any]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, first_line
-from pipeline.storage.files import TEMPORARY_MARK, commit_folder, make_folder, read_json, write_text
-from stages.checkpoints.imported import check_above, load_tensors
+from pipeline.storage.files import commit_folder, read_json, unfinished_folder, write_text
+from stages.checkpoints.imported import check_new, load_tensors
 from stages.encoders.model_files import OPEN_CLIP_CONFIG, find_model, tokenizer_files
 
 if TYPE_CHECKING:
@@ -88,15 +88,14 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
     if len(paths) != 1:
         raise ConfigError(f"give one folder with the files of open_clip (got {len(paths)} paths)")
     folder, target = Path(paths[0]), local_path(out, "--out")
-    check_above(target, out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; give a new folder")
+    check_new(target, out)
     settings = read_json(folder / OPEN_CLIP_CONFIG)
     if not isinstance(settings, dict) or not isinstance(settings.get("model_cfg"), dict):
         raise ConfigError(
             f"{folder}: has no {OPEN_CLIP_CONFIG} with a model_cfg; give a folder with the files of open_clip"
         )
     config = _config(settings["model_cfg"], f"{folder / OPEN_CLIP_CONFIG}: model_cfg")
+    preprocessing = _preprocessing(settings.get("preprocess_cfg") or {}, f"{folder / OPEN_CLIP_CONFIG}")
     tokenizer = tokenizer_files(folder) or _other_tokenizer(encoder_model)
     if not tokenizer:
         raise ConfigError(
@@ -104,16 +103,12 @@ def import_open_clip(paths: Sequence[str], *, out: str, encoder_model: str | Non
             "open_clip's own: a CLIP such as openai/clip-vit-large-patch14)"
         )
     tensors = _tensors(folder, config)
-    make_folder(target.absolute().parent)
-    temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(temporary, config, tensors, settings.get("preprocess_cfg") or {})
+    with unfinished_folder(target) as temporary:
+        check_new(target, out)  # another process may have ended meanwhile
+        _write(temporary, config, tensors, preprocessing)
         for file in tokenizer:
             shutil.copyfile(file, temporary / file.name)
         commit_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     has_images = config["model_type"] == "clip"
     lines = [
         f"{folder} -> {target}" + ("" if has_images else ", without its image half, which is no vision transformer"),
@@ -135,7 +130,7 @@ def _config(model: Mapping[str, Any], where: str) -> dict[str, Any]:
         ConfigError: a setting without a counterpart.
     """
     text_cfg, vision_cfg, dim = model.get("text_cfg"), model.get("vision_cfg"), model.get("embed_dim")
-    if not isinstance(text_cfg, dict) or not isinstance(vision_cfg, dict) or not isinstance(dim, int):
+    if not isinstance(text_cfg, dict) or not isinstance(vision_cfg, dict) or not _is_size(dim):
         raise ConfigError(f"{where}: has no embed_dim, text_cfg and vision_cfg; give a CLIP of open_clip")
     if unknown := sorted(key for key, value in model.items() if value and key not in _MODEL | _TRAINED_WITH):
         raise ConfigError(f"{where}.{unknown[0]}: is not of a plain CLIP, and only those are read")
@@ -173,7 +168,13 @@ def _half(settings: Mapping[str, Any], name: str, known: Mapping[str, Any], wher
                 f"{where}.{name}.{key}: is {value!r}, which CLIP in transformers has not; give a plain CLIP, or "
                 "the model in the format of transformers (kind: auto reads other text encoders)"
             )
+        if key in known and value is not None and not _is_size(value, float if key == "mlp_ratio" else int):
+            raise ConfigError(f"{where}.{name}.{key}: must be a positive number (got {value!r}); give a plain CLIP")
     return {**known, **{key: settings[key] for key in known if settings.get(key) is not None}}
+
+
+def _is_size(value: object, kind: type[int | float] = int) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
 def _shape(half: Mapping[str, Any], heads: int, act: str) -> dict[str, Any]:
@@ -249,15 +250,25 @@ def _renamed(full: str, values: "Tensor") -> "Iterator[tuple[str, Tensor]]":
         yield layer + _PARTS.get(block[3], block[3]) + block[4], values
 
 
+def _preprocessing(settings: Any, where: str) -> dict[str, list[float]]:
+    """The preprocessor_config.json; settings left out are left out of it too."""
+    found = {}
+    for name in ("mean", "std"):
+        value = settings.get(name) if isinstance(settings, dict) else settings
+        if value is None:
+            continue
+        if not isinstance(value, list) or len(value) != 3 or not all(type(one) in (int, float) for one in value):
+            raise ConfigError(f"{where}: preprocess_cfg.{name}: must be three numbers (got {value!r})")
+        found[f"image_{name}"] = value
+    return found
+
+
 def _write(
-    folder: Path, config: Mapping[str, Any], tensors: "dict[str, Tensor]", preprocess: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], tensors: "dict[str, Tensor]", preprocessing: Mapping[str, Any]
 ) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(config, indent=2))
     if config["model_type"] == "clip":
-        images = {"image_mean": preprocess.get("mean"), "image_std": preprocess.get("std")}
-        given = {name: value for name, value in images.items() if value is not None}
-        write_text(folder / "preprocessor_config.json", json.dumps(given, indent=2))
+        write_text(folder / "preprocessor_config.json", json.dumps(preprocessing, indent=2))

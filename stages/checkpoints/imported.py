@@ -1,26 +1,26 @@
 """What the imports of other systems' models share: a checkpoint per stage, and files to sample and to train with."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
-from zipfile import is_zipfile
 
 import yaml
-from pydantic import ValidationError
 
+from imagen_core.config import in_one_line
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, first_line
-from pipeline.storage.files import TEMPORARY_MARK, commit_folder, file_digest, make_folder, write_text
+from pipeline.storage.files import commit_folder, file_digest, make_folder, unfinished_folder, write_text
 from stages.encoders.base import EncoderConfig
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.t5 import T5EncoderConfig
+from stages.torch_files import NotTensorsError, read_torch_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,10 +81,17 @@ def new_folder(out: str) -> Path:
     return target
 
 
+def check_new(target: Path, out: str) -> None:
+    """ConfigError if `target` is a file, or a folder with anything in it, or cannot be made."""
+    check_above(target, out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--out {out}: {'is not empty' if target.is_dir() else 'is a file'}; give a new folder")
+
+
 def check_above(target: Path, out: str) -> None:
     """ConfigError if a file is where a folder above `target` would have to be."""
     for above in target.absolute().parents:
-        if above.is_file():
+        if above.exists() and not above.is_dir():
             raise ConfigError(f"--out {out}: {above} is a file, not a folder; give another place")
 
 
@@ -144,30 +151,33 @@ def _finding() -> Iterator[None]:
         raise MachineError(f"{error}; or say with --encoder-model where it is") from error
 
 
-def in_one_line(error: Exception) -> str:
-    """A validation error's first finding, with its place; of another error its first line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place, words = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        return f"{place}: {words}" if place else words
-    return first_line(error)
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """What settings or tensors of another system make of the code that reads them becomes a ConfigError.
+
+    Args:
+        where: begins the message: the file, and what is wrong with it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {in_one_line(error)}") from error
 
 
 def load_tensors(file: Path | BinaryIO, name: str) -> Any:
     """The content of a file of `torch.save`, if it is only tensors and plain data; no code from the file runs.
 
-    Of a file on disk only the tensors that are used are read into memory, not an optimizer's next to them.
-
     Raises:
         ConfigError: it is something else, or cannot be read.
     """
-    import torch
-
     try:
-        mapped = isinstance(file, Path) and is_zipfile(file)  # torch cannot map a file of its older format
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise ConfigError(f"{name}: cannot be read as tensors ({first_line(error)})") from error
+        return read_torch_file(file)
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({first_line(error)})") from error
+    except NotTensorsError as error:
+        raise ConfigError(
+            f"{name}: cannot be read as tensors: it {error}; download it again, or save its tensors alone"
+        ) from error
 
 
 def write_stages(
@@ -192,10 +202,7 @@ def write_stages(
             that a killed import may be started again, whatever it had done.
     """
     encoders = ImportedEncoders(encoder, embed_encoders or {})
-    make_folder(target.absolute().parent)
-    temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with unfinished_folder(target) as temporary:
         result = _write_stages(temporary, target, stages, encoders, prior)
         link_files(text_encoder, temporary / _TEXT_ENCODER)
         if text_encoder:
@@ -205,8 +212,6 @@ def write_stages(
         elif not _same_files(temporary, target):
             raise ConfigError(f"--out {target}: holds another import; give a new folder")
         return result
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_stages(
@@ -221,6 +226,7 @@ def _write_stages(
     named += [(f"unet-{index}", stage) for index, stage in enumerate(stages)]
     session, rows = [], []
     for name, stage in named:
+        _check_sampling(stage)
         run = target / name
         path = run / _write_checkpoint(folder / run.name, stage, encoders).relative_to(folder / run.name)
         _write_yaml(
@@ -241,12 +247,23 @@ def _write_stages(
     if prior is None and "image_embed" in encoders.embeds:
         more = "'prior={checkpoint: PRIOR}' "
     lines.append(
-        f"sample: pipeline run sample -c {target}/sample.yaml --out images {more}{_images_of(stages, encoders)}"
+        f"sample: pipeline run sample -c {shlex.quote(f'{target}/sample.yaml')} --out images "
+        f"{more}{_images_of(stages, encoders)}"
     )
     name, stage = named[0]
     reads = "".join(f" {field}={record['name']}" for field, record in _read(stage, encoders).items())
-    lines.append(f"train on: pipeline run train -c {target}/{name}/train.yaml --out trained store=STORE{reads}")
+    train = shlex.quote(f"{target}/{name}/train.yaml")
+    lines.append(f"train on: pipeline run train -c {train} --out trained store=STORE{reads}")
     return {"stages": rows, "sample": str(target / _SAMPLE)}, lines, EXIT_OK
+
+
+def _check_sampling(model: ImportedModel) -> None:
+    """ConfigError if `sample.yaml` would be refused for what the other system's settings say."""
+    from imagen_core.cascade_stage import SamplingConfig
+    from imagen_core.prior import PriorSamplingConfig
+
+    with explained(f"{model.source}: its settings of sampling cannot be followed here"):
+        (PriorSamplingConfig if model.config.kind == "prior" else SamplingConfig).model_validate(model.sampling)
 
 
 def _images_of(stages: Sequence[ImportedStage], encoders: ImportedEncoders) -> str:
@@ -299,6 +316,11 @@ def _write_checkpoint(run: Path, stage: ImportedModel, encoders: ImportedEncoder
     state |= {"embed_encoders": read} if read else {}
     state |= {"imported_from": stage.source}
     tensors = {f"net.{name}": values for name, values in stage.network().items()}
+    if bad := next((name for name, values in tensors.items() if not values.isfinite().all()), None):
+        raise ConfigError(
+            f"{stage.source}: {bad.removeprefix('net.')} (its name here) has values that are not finite; give a "
+            "checkpoint from before the training failed, or one in full precision"
+        )
     return write_checkpoint(run / "checkpoints", 0, {"model": tensors}, state)
 
 

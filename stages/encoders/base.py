@@ -395,7 +395,8 @@ def reading(config: FrozenModelConfig) -> Iterator[None]:
     except (ConfigError, MachineError):
         raise
     except Exception as error:
-        raise MachineError(f"encoders.model: {config.model} cannot be loaded: {error}") from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise MachineError(f"encoders.model: {config.model} cannot be loaded: {words}") from error
 
 
 def refuse_kind(model: str, files: ModelFiles, wanted: str, remedy: str) -> ConfigError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError, MachineError, first_line
 from pipeline.fingerprint import digest
 from pipeline.storage.files import file_digest
 from stages.digests import remembered_digest
@@ -97,7 +97,7 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
         model=model,
         revision=revision,
         folder=folder,
-        config=json.loads(config_file.read_text(encoding="utf-8")),
+        config=_config(config_file, model),
         identity={
             "model": name,
             "revision": revision,
@@ -105,6 +105,22 @@ def _local(folder: Path, name: str, revision: str | None, model: str) -> ModelFi
         },
         tokenizer_sha256=tokenizer_digest(folder),
     )
+
+
+def _config(file: Path, model: str) -> dict[str, object]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MachineError(
+            f"encoders.model: {model}: config.json cannot be read as JSON ({first_line(error)}); copy or download the "
+            "model again"
+        ) from error
+    if not isinstance(config, dict):
+        raise MachineError(
+            f"encoders.model: {model}: config.json must be a JSON object (got a {type(config).__name__}); copy or "
+            "download the model again"
+        )
+    return config
 
 
 def _hub(model: str, revision: str | None) -> ModelFiles:
@@ -149,7 +165,7 @@ def _online(model: str, revision: str | None) -> ModelFiles:
         model=model,
         revision=info.sha,
         folder=small,
-        config=json.loads((small / "config.json").read_text(encoding="utf-8")),
+        config=_config(small / "config.json", model),
         identity={
             "model": model,
             "revision": info.sha,

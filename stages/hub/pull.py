@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from imagen_core.store import FileEntry, Manifest, StoreError, StoreFolder, Text
 from pipeline.commands import CommandResult
 from pipeline.config import local_path
 from pipeline.errors import EXIT_OK, ConfigError, MachineError, UnavailableError
-from pipeline.storage.files import TEMPORARY_MARK, commit_folder, make_folder
+from pipeline.storage.files import commit_folder, unfinished_folder
 from pipeline.units import human_bytes
 from stages.checkpoints.imported import check_above
 from stages.hub.package import FORMS, MODEL, STORE, Form, RepositoryType
@@ -50,26 +51,27 @@ def pull_command(repo: str, *, out: str, revision: str | None = None) -> Command
         files = {path: file for path, file in remote.files().items() if path != _IGNORED}
     form = _form_of(remote, files)
     is_there = target.exists() and any(target.iterdir())
-    folder = target if is_there else target.with_name(f"{TEMPORARY_MARK}{target.name}")
-    if not is_there:
-        make_folder(folder)
-        with hub_errors(repo, revision):
-            _download(remote, folder)
-    bad, others = _compare(remote, folder, repo, revision)
-    if bad and is_there:
-        raise ConfigError(f"--out {out}: is not empty, and {bad[0]} is not that of {remote.name}; give a new folder")
-    if bad:
-        _forget(folder, bad)
-        raise UnavailableError(
-            f"{repo}: {len(bad)} files are missing or came damaged, the first {bad[0]}; the same command gets "
-            "them again"
-        )
-    details = _check_store(folder, remote, files) if form is STORE else []
-    if not is_there:
-        for left in others:  # of another commit, which a killed pull began with
-            (folder / left).unlink()
-        shutil.rmtree(folder / _CACHE, ignore_errors=True)
-        commit_folder(folder, target)
+    with nullcontext(target) if is_there else unfinished_folder(target, resume=True) as folder:
+        if not is_there:
+            with hub_errors(repo, revision):
+                _download(remote, folder)
+        bad, others = _compare(remote, folder, repo, revision)
+        if bad and is_there:
+            raise ConfigError(
+                f"--out {out}: is not empty, and {bad[0]} is not that of {remote.name}; give a new folder"
+            )
+        if bad:
+            _forget(folder, bad)
+            raise UnavailableError(
+                f"{repo}: {len(bad)} files are missing or came damaged, the first {bad[0]}; the same command gets "
+                "them again"
+            )
+        details = _check_store(folder, remote, files) if form is STORE else []
+        if not is_there:
+            for left in others:  # of another commit, which a killed pull began with
+                (folder / left).unlink()
+            shutil.rmtree(folder / _CACHE, ignore_errors=True)
+            commit_folder(folder, target)
     return _report(remote, form, files, out, details, is_there=is_there)
 
 

@@ -151,6 +151,15 @@ def test_a_base_that_was_moved_is_named_in_sampling(work: Path, tmp_path: Path) 
     assert "stages.0.checkpoint: " in lost.err
     assert "as lora.base" in lost.err
     image(tmp_path / "out", tmp_path / "lora", lora={"base": str(tmp_path / "moved")})
+    for more in ((), ("--to", "lora")):
+        command = ["export", str(tmp_path / "lora"), "--out", str(tmp_path / f"{len(more)}.safetensors"), *more]
+        lost = call(*command)
+        assert lost.code == 2
+        assert "(for `pipeline export`: --lora-base)" in lost.err
+        assert call(*command, "--lora-base", str(tmp_path / "moved")).code == 0
+    refused = call("export", str(tmp_path / "lora"), "--to", "diffusers", "--out", "x", "--lora-base", "y")
+    assert refused.code == 2
+    assert "--lora-base: is for exports to one file" in refused.err
 
 
 @pytest.mark.slow

@@ -6,10 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from imagen_core.differences import changed_fields
+from imagen_core.store import comparable
+from imagen_core.text_batch import EncoderRecords, each_encoder
 from imagen_core.train.checkpoints.load import LoadCheckpoint
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import CheckpointError, TrainError
 from imagen_core.train.parallel.world import like, local, unsharded
+
+_GIVEN = "given"  # the kind of embeddings that came with the data
+_NOT_THE_RECIPE = frozenset(
+    (
+        *("model", "revision", "weights_sha256", "model_config", "compute_dtype", "max_tokens"),
+        *("tokenizer", "tokenizer_sha256", "text_normalisation"),
+    )
+)
+"""Fields of an encoder's fingerprint that name the model, its precision, and where captions are truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +50,19 @@ class Start:
 
 
 @torch.no_grad()
-def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint) -> Start:
+def initialize_from(
+    model: nn.Module, config: TrainConfig, load: LoadCheckpoint, encoder: EncoderRecords = None
+) -> Start:
     """Copies weights of equal name and shape from `init_from.path`, which `load` reads; all processes must call it.
 
     With mismatch=grow, smaller tensors become a part of the model's, as `_grown` says.
 
+    Args:
+        encoder: records of what encodes the captions of a training that begins; None: they are not compared.
     Raises:
         TrainError: there is no such checkpoint, or it is damaged; with mismatch=error a tensor of the model or
-            of the checkpoint has no counterpart; with skip or grow all have none.
+            of the checkpoint has no counterpart, or captions are encoded in another way; with skip or grow all tensors
+            have none.
     """
     settings = config.init_from
     assert settings is not None
@@ -53,6 +70,8 @@ def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint)
         loaded = load(settings.path, settings.weights)
     except CheckpointError as error:
         raise TrainError(f"init_from.path: {error}") from error
+    if settings.mismatch == "error":
+        _refuse_other_recipe(settings.path, loaded.encoder if encoder is not None else None, encoder)
     source = loaded.denoiser.state_dict()
     parameters = dict(model.named_parameters())
     fits = {name for name, p in parameters.items() if name in source and source[name].shape == p.shape}
@@ -90,6 +109,25 @@ def initialize_from(model: nn.Module, config: TrainConfig, load: LoadCheckpoint)
         loaded.sha256,
         tuple(sorted(grown)),
     )
+
+
+def _refuse_other_recipe(path: str, recorded: EncoderRecords, now: EncoderRecords) -> None:
+    """TrainError if captions become other rows than those that the checkpoint reads: cleaned, padded, or taken from
+    other states. Which model they pass through may be written in several ways, so it is not compared."""
+    for old, new in zip(each_encoder(recorded), each_encoder(now), strict=False):
+        kinds = {old["fingerprint"].get("kind"), new["fingerprint"].get("kind")}
+        if _GIVEN in kinds:  # nobody knows how
+            continue
+        sides = [
+            {name: value for name, value in side.items() if name not in _NOT_THE_RECIPE}
+            for side in comparable(old["fingerprint"], new["fingerprint"])
+        ]
+        if changes := changed_fields(*sides):
+            raise TrainError(
+                f"init_from.path {path}: captions of {new['name']!r} are encoded in another way than those it was "
+                f"trained on: {'; '.join(changes)}; encode them in its way, or set init_from.mismatch=skip to train "
+                "it on these"
+            )
 
 
 def _fits_into(smaller: Tensor, larger: Tensor) -> bool:

@@ -138,7 +138,9 @@ def _load_base(
         CheckpointError: it is not where it was, or another model is there.
     """
     place = record["path"] if lora is None or lora.base is None else lora.base
-    remedy = f"give the place of the model of sha256 {record['sha256']} as lora.base"
+    remedy = (
+        f"give the place of the model of sha256 {record['sha256']} as lora.base (for `pipeline export`: --lora-base)"
+    )
     try:
         base = load(place, record["weights"])
     except CheckpointError as error:

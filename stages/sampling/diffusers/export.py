@@ -1,7 +1,6 @@
 """`pipeline export --to diffusers`: a cascade as a folder that diffusers opens without this package."""
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,9 @@ from imagen_core.text_batch import each_encoder
 from pipeline.commands import CommandResult
 from pipeline.config import load_config, local_path
 from pipeline.errors import EXIT_OK, ConfigError
-from pipeline.storage.files import TEMPORARY_MARK, commit_folder, make_folder, write_json, write_text
+from pipeline.storage.files import commit_folder, unfinished_folder, write_json, write_text
 from pipeline.units import human_bytes
-from stages.checkpoints.imported import check_above
+from stages.checkpoints.imported import check_new
 from stages.sampling.cascade import LoadedCascade, load_cascade
 from stages.sampling.config import SampleConfig, SampleStageConfig
 from stages.sampling.diffusers.card import model_card
@@ -62,21 +61,15 @@ def export_diffusers(
         MachineError: the text encoder cannot be found.
     """
     target = local_path(out, "--out")
-    check_above(target, out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {out}: {'is not empty' if target.is_dir() else 'is a file'}; give a new folder")
+    check_new(target, out)
     loaded = _load(places, weights, sampling)
     write = writer_of(loaded, dtype)
-    make_folder(target.absolute().parent)
-    temporary = target.absolute().with_name(f"{TEMPORARY_MARK}{target.name}")  # always the same: no kill leaves it
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with unfinished_folder(target) as temporary:
+        check_new(target, out)  # another process may have ended meanwhile
         write(loaded, temporary, encoder_model)
         for path in temporary.rglob("*.safetensors"):
             share(path)
         commit_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     stages = [
         {"size_px": at.size_px, **origin} for at, origin in zip(loaded.cascade.stages, _origins(loaded), strict=True)
@@ -153,7 +146,7 @@ def write_folder(loaded: LoadedCascade, folder: Path, encoder_model: str | None)
         raise ConfigError(f"PATH: {len(stages)} stages, and such a folder holds {_MOST_STAGES}; export fewer")
     for stage in stages:
         _check_parts(stage)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     record = next(iter(each_encoder(loaded.cascade.encoder)), None)
     encoder = export_encoder(record, encoder_model, folder)
     names = [f"stage_{number}" for number in range(1, _MOST_STAGES + 1)]

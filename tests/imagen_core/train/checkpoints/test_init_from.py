@@ -12,7 +12,7 @@ from torch import nn
 
 from imagen_core.diffusion import Denoiser, DenoiserConfig
 from imagen_core.models import Conditioning
-from imagen_core.train import TrainError, train
+from imagen_core.train import LoadedDenoiser, TrainError, load_checkpoint, train
 from imagen_core.train.checkpoints.init_from import initialize_from
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import BASE, BASE_UNET, DIM, SUPER, files, make_config, tensors
@@ -74,6 +74,34 @@ def test_tensors_that_do_not_fit_are_refused_unless_mismatch_is_skip(
     with pytest.raises(TrainError, match=r"init_from\.path: .*absent: has no checkpoint"):
         train(make_config(store, init_from={"path": str(tmp_path / "absent")}), tmp_path)
     assert not (tmp_path / "start.json").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_captions_that_are_encoded_in_another_way_are_refused_unless_mismatch_is_skip(
+    source: Path, store: Path, tmp_path: Path, lora: object
+) -> None:
+    def start(out: Path, *, mismatch: str = "error", **recorded: object) -> None:
+        def load(path: str, weights: str | None) -> LoadedDenoiser:
+            loaded = load_checkpoint(path, weights)
+            assert isinstance(loaded.encoder, dict)
+            fingerprint = {**loaded.encoder["fingerprint"], **recorded}
+            return replace(loaded, encoder={**loaded.encoder, "fingerprint": fingerprint})
+
+        init_from = {"path": str(source), "mismatch": mismatch}
+        train(make_config(store, num_steps=1, init_from=init_from, lora=lora), out, load=load)
+
+    words = (
+        r"init_from\.path .*: captions of 't5' are encoded in another way than those it was trained on: "
+        r"cleaning\.0: \"deepfloyd\" -> \(absent\); pads\.to: 77 -> \(absent\); .*init_from\.mismatch=skip"
+    )
+    recipe = {"cleaning": ["deepfloyd"], "pads": {"to": 77}}
+    with pytest.raises(TrainError, match=words):
+        start(tmp_path / "out", **recipe)
+    assert not (tmp_path / "out/start.json").exists()
+    start(tmp_path / "model", weights_sha256="of another file", max_tokens=3, compute_dtype="float16")
+    start(tmp_path / "given", **recipe, kind="given")
+    if lora is None:
+        start(tmp_path / "skip", **recipe, mismatch="skip")
 
 
 @pytest.mark.slow
