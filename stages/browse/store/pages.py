@@ -158,7 +158,7 @@ class _Pages:
 
 def _query(request: Request, table: SamplesTable) -> Query:
     try:
-        return Query.parse(request.query_params, table.fields)
+        return Query.parse(request.query_params, table.fields, table.caption_sets)
     except QueryError as error:
         raise HTTPException(400, str(error)) from error
 
