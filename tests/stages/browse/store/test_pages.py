@@ -206,3 +206,33 @@ def test_a_store_without_a_manifest_says_so_and_is_there_once_it_has_one(tmp_pat
     manifest.unlink()  # as a run does that makes some of it again
     assert "12</strong> samples" in browser.get("/p/2/").text
     assert browser.get("/p/2/sample/0/0").status_code == 200
+
+
+def test_the_nearest_are_searched_in_the_shards_that_can_be_read(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [[Given(name)] for name in ("one", "two", "three", "four")])
+    for group, shard in (("samples", 1), ("text-t5", 2)):
+        damaged = store / group / f"{shard:05d}.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+    page = client(store).get("/p/1/nearest/0/0/0/0").text
+    assert re.findall(r'<span class="caption" dir="auto">(.*?)</span>', page) == ["four"]
+    errors = re.findall(r'<p class="error">(.*?)</p>', page)
+    assert ["samples/00001" in errors[0], "text-t5/00002" in errors[1], len(errors)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("name", ["parquet", "hdf5", "run"])
+def test_a_store_of_schema_1_has_all_of_its_pages(name: str) -> None:
+    folder = Path("tests/fixtures/stores_0_1") / name
+    browser = client(folder)
+    place = "/p/2" if name == "run" else "/p/1"
+    page = browser.get(f"{place}/").text
+    assert '<p class="error"' not in page
+    (sample, *_) = re.findall(rf'href="({place}/sample/[^"?]*)', page)
+    page = browser.get(sample).text
+    assert '<p class="error"' not in page
+    for address in (
+        *re.findall(r'<img [^>]*src="([^"]*)"', page),
+        *re.findall(rf'href="({place}/nearest/[^"]*)"', page),
+    ):
+        answer = browser.get(unescape(address))
+        assert (answer.status_code, "svg" in answer.headers["content-type"]) == (200, False)
+        assert '<p class="error"' not in (answer.text if "html" in answer.headers["content-type"] else "")
