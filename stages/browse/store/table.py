@@ -1,7 +1,9 @@
 """The samples of a store as a table of DuckDB: filled once, shard by shard, and asked with parameters."""
 
+import atexit
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ _SETTINGS = {
 }
 _ROWS_AT_ONCE = 20_000
 _SHOWN_CHARACTERS = 300
+_MOST_END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,10 @@ class SamplesTable:
         self._connection.execute(f"CREATE TABLE samples ({', '.join(map(' '.join, self._columns()))})")
         self._filled, self._closed = threading.Event(), False
         self._spans: dict[tuple[str, bool], tuple[float, float] | None] = {}
-        threading.Thread(target=self._fill, name="samples", daemon=True).start()
+        self._mutex, self._users = threading.Lock(), 1  # the thread
+        self._thread = threading.Thread(target=self._fill, name="samples", daemon=True)
+        self._thread.start()
+        _TABLES.add(self)
 
     def wait(self, seconds: float) -> bool:
         """Waits until all shards are read; returns whether they are."""
@@ -84,16 +90,48 @@ class SamplesTable:
     def is_filled(self) -> bool:
         return self._filled.is_set()
 
+    @contextmanager
+    def used(self) -> Iterator["SamplesTable"]:
+        """Keeps it until the end of the block, even if it is closed meanwhile."""
+        with self._mutex:
+            self._users += 1
+        try:
+            yield self
+        finally:
+            self._release()
+
     def close(self) -> None:
-        """Frees its memory and its file; a thread that fills it ends."""
-        self._closed = True
-        self._connection.close()
-        self._folder.cleanup()
+        """Frees its memory and its file once nobody uses it; the thread that fills it ends."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed, self._users = True, self._users + 1
+        self._release()
+
+    def _release(self) -> None:
+        with self._mutex:
+            self._users -= 1
+            is_free = self._closed and not self._users
+        if is_free:
+            self._connection.close()
+            self._folder.cleanup()
+
+    def end(self) -> None:
+        """Closes it, and waits for its thread."""
+        self.close()
+        self._thread.join(_MOST_END_S)
+
+    @contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._mutex:  # a connection refuses two calls at a time
+            cursor = self._connection.cursor()
+        with cursor:
+            yield cursor
 
     @contextmanager
     def asking(self, query: Query) -> Iterator["Answers"]:
         """Answers about the samples that fit a query; captions are searched once."""
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             if query.search:
                 wanted = {query.caption_set: self._texts[query.caption_set]} if query.caption_set else self._texts
                 bits = [
@@ -110,7 +148,7 @@ class SamplesTable:
         if known not in self._spans:
             column = field.column
             sql = f"SELECT quantile_disc({column}, [0.005, 0.995]) FROM samples WHERE {column} IS NOT NULL"
-            with self._connection.cursor() as cursor:
+            with self._cursor() as cursor:
                 rows = cursor.execute(sql).fetchall()
             self._spans[known] = None if rows[0][0] is None else tuple(rows[0][0])
         return self._spans[known]
@@ -128,11 +166,18 @@ class SamplesTable:
                 self.problems.append(error_line(error))
         finally:
             self._filled.set()
+            self._release()
 
     def _read_all(self) -> None:
-        reader, connection = ShardReader(self._store, self.fields, self.problems), self._connection.cursor()
+        with self._cursor() as connection:
+            self._read_into(connection)
+
+    def _read_into(self, connection: duckdb.DuckDBPyConnection) -> None:
+        reader = ShardReader(self._store, self.fields, self.problems)
         waiting: list[pa.Table] = []
         for position in np.flatnonzero(self._store.manifest.rows).tolist():
+            if self._closed:
+                return
             if (table := reader.read(position)) is not None:
                 waiting.append(table)
             if sum(table.num_rows for table in waiting) >= _ROWS_AT_ONCE or (position == 0 and waiting):
@@ -154,6 +199,16 @@ class SamplesTable:
                 "WHERE samples.shard = found.shard AND samples.row = found.row"
             )
             connection.unregister("found")
+
+
+_TABLES: "weakref.WeakSet[SamplesTable]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread in the engine's code would abort the process when it ends."""
+    for table in list(_TABLES):
+        table.end()
 
 
 class Answers:
