@@ -80,7 +80,7 @@ class ShardReader:
         if found is None:
             return {}
         captions, ids = (found[each].combine_chunks() for each in ("captions", "caption_ids"))
-        has_some = pc.call_function("greater", [pc.list_value_length(captions), pa.scalar(0)])
+        has_some = pc.call_function("greater", [captions.value_lengths(), pa.scalar(0)])
         texts = pc.call_function("if_else", [has_some, captions, pa.nulls(1, captions.type)[0]])
         return {column: texts, **self._tokens(files, ids, name)}
 

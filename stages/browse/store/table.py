@@ -237,21 +237,20 @@ class Answers:
     def rows(self, first: int, count: int) -> list[Row]:
         """Samples that fit, in the query's order, from number `first` on."""
         condition, values = self._query.where(self._fields)
-        names = list(self._texts)
-        bits = "(SELECT sets FROM found WHERE found.id = samples.id)" if self._query.search else "0"
-        page = (
-            f"SELECT *, {bits} AS sets FROM samples WHERE {condition} {self._query.order(self._fields)} "
-            "LIMIT ? OFFSET ?"
-        )
+        order, source = self._query.order(self._fields), "samples JOIN found USING (id)"
+        if not self._query.search:
+            source = "(SELECT *, 0 AS sets FROM samples)"
+        page = f"SELECT id FROM samples WHERE {condition} {order} LIMIT ? OFFSET ?"
         found = self._ask(
             f"SELECT shard, row, key, left(shown, {_SHOWN_CHARACTERS}), length(shown) > {_SHOWN_CHARACTERS}, sets "
-            f"FROM (SELECT *, {self._shown()} AS shown FROM ({page})) {self._query.order(self._fields)}",
+            f"FROM (SELECT *, {self._shown()} AS shown FROM {source} WHERE id IN ({page})) {order}",
             [*values, count, first],
         )
-        several = len(names) > 1
-        return [
-            Row(*each, tuple(name for i, name in enumerate(names) if bits >> i & several)) for *each, bits in found
-        ]
+        return [Row(shard, row, key, text, is_cut, self._sets(bits)) for shard, row, key, text, is_cut, bits in found]
+
+    def _sets(self, bits: int) -> tuple[str, ...]:
+        """Of several sets of captions, those of some bits."""
+        return tuple(name for i, name in enumerate(self._texts) if bits >> i & 1) if len(self._texts) > 1 else ()
 
     def _shown(self) -> str:
         """The captions that the grid shows of a sample: of the chosen set, else of the first one that fits."""
