@@ -1,5 +1,6 @@
 """Curves as inline SVG: what is thinned and where it lies is computed here, drawn by `templates/line_chart.html`."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve in units of the view box: the `d` of an SVG path, the class of its colour, its last value."""
+    """A curve in units of the view box: the `d` of an SVG path, the class of its colour, its last value.
+
+    Attributes:
+        x, y: the values that are drawn.
+        labels: a text for each of them, or none.
+    """
 
     name: str
     path: str
@@ -52,6 +58,15 @@ class Line:
     faint: bool
     points: tuple[Point, ...]
     last: str
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> str:
+        """What is drawn as JSON: x, y and labels; y to six digits."""
+        x = (int(each) if each.is_integer() else each for each in self.x)
+        return json.dumps([[*x], [float(f"{each:.6g}") for each in self.y], self.labels], separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +83,9 @@ class LineChart:
 
     Attributes:
         note: says what is not shown; empty where everything is.
+        x_ends: the values at `left` and `right`.
+        y_ends: the values at `bottom` and `top`, of a logarithmic axis their decimal logarithms.
+        log: whether the vertical axis is logarithmic.
     """
 
     title: str
@@ -76,12 +94,27 @@ class LineChart:
     x_ticks: tuple[AxisTick, ...]
     y_ticks: tuple[AxisTick, ...]
     note: str = ""
+    x_ends: tuple[float, float] = (0.0, 1.0)
+    y_ends: tuple[float, float] = (0.0, 1.0)
+    log: bool = False
     width: float = _WIDTH
     height: float = _HEIGHT
     left: float = _LEFT
     right: float = _WIDTH - _RIGHT
     top: float = _TOP
     bottom: float = _HEIGHT - _BOTTOM
+
+    def table(self, most: int = 12) -> tuple[list[str], list[list[str]]]:
+        """The chart as a table: titles, and rows at values of x spread evenly over those of the longest curve. A curve
+        without a value near there has an empty cell."""
+        lines = [line for line in self.lines if not line.faint]
+        longest = max(lines, key=lambda line: len(line.x))
+        places = np.unique(np.linspace(0, len(longest.x) - 1, most).round().astype(int)).tolist()
+        x = [longest.x[place] for place in places]
+        near = 0.5 * (max(x) - min(x)) / max(1, len(x) - 1)
+        columns = [_near(line, np.array(x), near) for line in lines]
+        rows = [[_text(each, exact=True), *cells] for each, *cells in zip(x, *columns, strict=True)]
+        return [self.x_label or "x", *(line.name for line in lines)], rows
 
 
 def line_chart(
@@ -114,7 +147,18 @@ def line_chart(
     )
     note = f"{hidden:,} values of 0 and less are not drawn" if hidden and log else ""
     lines = [_line(each, x_scale, y_scale) for each in sorted(drawn, key=lambda each: not each.faint)]
-    return LineChart(title, x_label, tuple(lines), x_scale.ticks(5), y_scale.ticks(4), note)
+    ends = (math.log10(y_scale.low), math.log10(y_scale.high)) if log else (y_scale.low, y_scale.high)
+    return LineChart(
+        title,
+        x_label,
+        tuple(lines),
+        x_scale.ticks(5),
+        y_scale.ticks(4),
+        note,
+        (x_scale.low, x_scale.high),
+        ends,
+        log,
+    )
 
 
 def thin(x: np.ndarray, y: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,16 +231,38 @@ def _line(series: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     colour, labels = series.colour or 0, series.labels
     last = _text(float(series.y[finite][-1])) if finite.any() else "-"
     pieces, points = [], []
+    drawn: tuple[list[float], list[float]] = [], []
     for start, end in _runs(finite):
         x, y = series.x[start:end], series.y[start:end]
         if not labels:
             x, y = thin(x, y, _BUCKETS)
+        drawn[0].extend(x.tolist())
+        drawn[1].extend(y.tolist())
         places = list(zip(x_scale.at(x).tolist(), y_scale.at(y).tolist(), strict=True))
         pieces.append("M" + " ".join(f"{a:.1f},{b:.1f}" for a, b in (places if len(places) > 1 else places * 2)))
         points += [
             Point(round(a, 1), round(b, 1), labels[start + i]) for i, (a, b) in enumerate(places if labels else ())
         ]
-    return Line(series.name, "".join(pieces), colour, series.faint, tuple(points), last)
+    shown = tuple(label for label, is_drawn in zip(labels, finite, strict=False) if is_drawn)
+    return Line(
+        series.name,
+        "".join(pieces),
+        colour,
+        series.faint,
+        tuple(points),
+        last,
+        tuple(drawn[0]),
+        tuple(drawn[1]),
+        shown,
+    )
+
+
+def _near(line: Line, x: np.ndarray, most: float) -> list[str]:
+    """The values of a curve nearest to each x, with their labels; "" where one is farther away than `most`."""
+    distances = np.abs(np.array(line.x)[:, None] - x)
+    labels = [f" ({label})" for label in line.labels] or [""] * len(line.y)
+    places = zip(distances.argmin(axis=0).tolist(), distances.min(axis=0).tolist(), strict=True)
+    return [_text(line.y[at]) + labels[at] if distance <= most else "" for at, distance in places]
 
 
 def _runs(finite: np.ndarray) -> list[tuple[int, int]]:
@@ -243,10 +309,12 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return [value for value in _ticks(low, high, most) if value > 0]
 
 
-def _text(value: float) -> str:
-    """A value in few characters: 0.25, 12,000, 1.5M, 2e-5."""
+def _text(value: float, *, exact: bool = False) -> str:
+    """A value in few characters: 0.25, 12,000, 1.5M, 2e-5; where `exact`, a whole number in all of its digits."""
     if value == 0:
         return "0"
+    if exact and value == int(value):
+        return f"{int(value):,}"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
         for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
             if factor <= abs(value) < 1e15:

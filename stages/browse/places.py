@@ -37,7 +37,7 @@ class Place:
     Attributes:
         number: its place in the address of its pages, `/p/NUMBER/`; from 1.
         url: the folder as an absolute path, or its URL.
-        name: what it is called on the pages: the end of its path.
+        name: what it is called on the pages: the end of its path, as much of it as no other place has.
         run: of the store of a run: the number of the run's place.
     """
 
@@ -54,7 +54,7 @@ class Place:
 
 
 def find_places(paths: Sequence[str]) -> list[Place]:
-    """The places of the paths, in their order. The store of a run is a place of its own, after the run.
+    """The places of the paths, in their order, each once. The store of a run is a place of its own, after the run.
 
     Args:
         paths: local folders or URLs; a folder of no kind stands for the folders in it that are of one. None at all
@@ -63,16 +63,33 @@ def find_places(paths: Sequence[str]) -> list[Place]:
         ConfigError: a path is none of these, or has too many.
         MachineError: a URL cannot be reached.
     """
-    places: list[Place] = []
+    kinds: dict[str, Kind] = {}
     for path in paths or [_DEFAULT]:
         for storage, kind in _found(path, "PATH" if paths else "PATH is not given, and the default"):
-            name = storage.url.rstrip("/").rpartition("/")[2] or storage.url
-            place = Place(len(places) + 1, kind, storage.url, name)
-            places.append(place)
-            if kind == "run":
-                number = len(places) + 1
-                places.append(Place(number, "store", f"{storage.url}/{STORE}", f"{name}/{STORE}", run=place.number))
+            kinds.setdefault(storage.url, kind)
+    names, places = _names(list(kinds)), list[Place]()
+    for url, kind in kinds.items():
+        if kind == "store" and kinds.get(url.removesuffix(f"/{STORE}")) == "run":
+            continue  # comes with its run
+        place = Place(len(places) + 1, kind, url, names[url])
+        places.append(place)
+        if kind == "run":
+            name = f"{names[url]}/{STORE}"
+            places.append(Place(len(places) + 1, "store", f"{url}/{STORE}", name, run=place.number))
     return places
+
+
+def _names(urls: Sequence[str]) -> dict[str, str]:
+    """The name of each: the last part of its path, or more of them where others end alike."""
+    parts = {url: [part for part in url.split("/") if part] for url in urls}
+    length = dict.fromkeys(urls, 1)
+    while True:
+        names = {url: "/".join(parts[url][-length[url] :]) or url for url in urls}
+        alike = [url for url in urls if list(names.values()).count(names[url]) > 1 and length[url] < len(parts[url])]
+        if not alike:
+            return names
+        for url in alike:
+            length[url] += 1
 
 
 def kind_of(storage: Storage) -> Kind | None:

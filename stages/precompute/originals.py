@@ -8,6 +8,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -86,7 +87,7 @@ class OriginalsReader:
 
     def __init__(self, path: Path):
         self._file: BinaryIO = path.open("rb")
-        self.entries: list[StoredOriginal] = sorted(_index(self._file), key=lambda entry: entry.row)
+        self.entries: list[StoredOriginal] = sorted(read_originals(self._file), key=lambda entry: entry.row)
 
     def data(self, entry: StoredOriginal) -> bytes:
         """The image's bytes as fetched."""
@@ -105,36 +106,43 @@ class OriginalsReader:
         self.close()
 
 
-def _index(file: BinaryIO) -> Iterator[StoredOriginal]:
-    spans: dict[int, tuple[int, int]] = {}
-    metadata: dict[int, dict[str, Any]] = {}
+def read_originals(file: BinaryIO) -> Iterator[StoredOriginal]:
+    """The originals of a tar in its order, each as soon as its metadata are read; images are skipped.
+
+    Raises:
+        tarfile.TarError, ValueError, KeyError: it is damaged.
+    """
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        for member in archive:
-            name, _, suffix = member.name.partition(".")
-            if suffix == "json":
-                content = archive.extractfile(member)
-                assert content is not None
-                metadata[int(name)] = json.load(content)
-            else:
-                spans[int(name)] = (member.offset_data, member.size)
-    for row, values in metadata.items():
-        offset, size = spans.get(row, (0, 0))
-        yield StoredOriginal(
-            row,
-            values["key"],
-            values["url"],
-            tuple(values["captions"]),
-            reason=values["reason"],
-            detail=values["detail"],
-            annotations={
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name not in _ALWAYS
-            },
-            orientation=orientation_in(values.get("exif")),
-            offset=offset,
-            size=size,
-        )
+        for row, members in groupby(archive, key=lambda member: int(member.name.partition(".")[0])):
+            values, offset, size = None, 0, 0
+            for member in members:
+                if member.name.endswith(".json"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    values = json.load(content)
+                else:
+                    offset, size = member.offset_data, member.size
+            if values is not None:
+                yield _stored(row, values, offset, size)
+
+
+def _stored(row: int, values: dict[str, Any], offset: int, size: int) -> StoredOriginal:
+    return StoredOriginal(
+        row,
+        values["key"],
+        values["url"],
+        tuple(values["captions"]),
+        reason=values["reason"],
+        detail=values["detail"],
+        annotations={
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name not in _ALWAYS
+        },
+        orientation=orientation_in(values.get("exif")),
+        offset=offset,
+        size=size,
+    )
 
 
 def _suffix(data: bytes) -> str:

@@ -71,6 +71,16 @@ def write_captions(path: str | os.PathLike[str], keys: Sequence[str], rows: Sequ
             writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=len(rows))
 
 
+def read_caption_columns(source: str | BinaryIO, name: str) -> pa.Table:
+    """The columns `captions` and `caption_ids` of a set in a shard, one row per sample; arguments as `CaptionsFile`.
+
+    Raises:
+        StoreError: it is missing, or not such a file.
+    """
+    with reading(name, "parquet", PARQUET_ERRORS):
+        return pq.ParquetFile(source).read(columns=["captions", "caption_ids"], use_threads=False)
+
+
 class CaptionsFile:
     """The captions of a set in a shard, in memory by column.
 
@@ -87,7 +97,7 @@ class CaptionsFile:
             StoreError: it is missing, or not such a file.
         """
         with reading(name, "parquet", PARQUET_ERRORS):
-            table = pq.ParquetFile(source).read(columns=["captions", "caption_ids"], use_threads=False)
+            table = read_caption_columns(source, name)
             captions, ids = (table[column].combine_chunks() for column in ("captions", "caption_ids"))
             self.num_rows: int = table.num_rows
             self._first_caption, self._first_id = list_offsets(captions), list_offsets(ids)

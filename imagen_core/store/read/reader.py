@@ -14,7 +14,7 @@ import pyarrow as pa
 from imagen_core.store.buckets import Shape, choose_buckets
 from imagen_core.store.errors import ADVICE, StoreError
 from imagen_core.store.files.arrays import ArrayFile, open_arrays
-from imagen_core.store.files.captions import CaptionsFile
+from imagen_core.store.files.captions import CaptionsFile, read_caption_columns
 from imagen_core.store.files.images import ImageFile, open_images
 from imagen_core.store.files.layers import OnFirstUse
 from imagen_core.store.files.samples import SamplesFile, read_columns
@@ -78,6 +78,10 @@ class OpenShard:
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Columns of `samples`, one row per row of the shard; see `read_columns`."""
         return self._file(SAMPLES_GROUP, lambda source, name: read_columns(source, name, names))
+
+    def caption_columns(self, caption_set: str) -> pa.Table:
+        """Columns of a further set of captions, one row per row of the shard; see `read_caption_columns`."""
+        return self._file(self._manifest.captions[caption_set].name, read_caption_columns)
 
     def _open_images(self, size_px: int) -> ImageFile:
         group = self._manifest.images[size_px]

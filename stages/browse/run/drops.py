@@ -16,8 +16,7 @@ from typing import Any
 from pipeline.engine.retries import retried_rows
 from pipeline.engine.run_view import DropsView
 from pipeline.engine.watch import RunWatch
-from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.storage import LocalStorage
+from pipeline.errors import ConfigError, PipelineError, StaleOutputError
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import RunFolder
 from stages.browse.run.staged import Staged, StagedOriginals
@@ -26,7 +25,7 @@ from stages.precompute.fetch import SAMPLES
 from stages.store_tools.dropped import add_source_rows
 
 PAGE_ROWS = 50
-_SEARCH_S = 3.0
+_SEARCH_S, _STAGED_S = 3.0, 3.0
 _MOST_CHARACTERS = 2000
 _FEW_SHARDS = 100
 """The source of a run with at most so many shards is read for the URLs of a page without being asked."""
@@ -70,6 +69,7 @@ class DropsPage:
         first: the place of the first one among them, from 0.
         next: where the next page begins; None at the end.
         is_cut: the time was over before the page was full.
+        unread: shards whose staged originals are not read to their end yet, so that images of theirs may be missing.
         problems: lists that are missing, or cannot be read.
     """
 
@@ -79,6 +79,7 @@ class DropsPage:
     next: int | None = None
     is_cut: bool = False
     problems: list[str] = field(default_factory=list)
+    unread: int = 0
 
 
 class Drops:
@@ -179,9 +180,9 @@ class Drops:
         Raises:
             ConfigError, StaleOutputError: the source is gone or has changed.
         """
-        unknown = []
+        unknown, known = [], self._staged(page)
         for row in (row for row in page.rows if row.is_input):
-            staged = self._staged(row)
+            staged = known.get((row.shard, row.row))
             if staged is not None:
                 row.url, row.captions, row.has_image = staged.url, staged.captions, staged.is_image
             else:
@@ -197,12 +198,18 @@ class Drops:
             row.url, row.captions = values.get("url"), None if captions is None else tuple(captions)
         return None
 
-    def _staged(self, row: DroppedRow) -> Staged | None:
-        if not isinstance(self.run.storage, LocalStorage):
-            return None  # a whole tar per row would be copied here
-        with suppress(OSError, ValueError, KeyError):
-            return self.staged.rows(row.shard).get(row.row)
-        return None
+    def _staged(self, page: DropsPage) -> dict[tuple[int, int], Staged]:
+        """What is staged of the rows of a page, by shard and row, as far as it is found within some seconds."""
+        found, until = dict[tuple[int, int], Staged](), time.monotonic() + _STAGED_S
+        for shard in dict.fromkeys(row.shard for row in page.rows if row.is_input):
+            if time.monotonic() > until:
+                page.unread += 1
+                continue
+            with suppress(OSError, ValueError, KeyError, PipelineError):
+                rows, is_whole = self.staged.rows(shard, until)
+                found |= {(shard, row): staged for row, staged in rows.items()}
+                page.unread += not is_whole
+        return found
 
     def _has_few_shards(self) -> bool:
         shards = self.run.recorded_shards(SAMPLES)

@@ -1,5 +1,6 @@
 """The pages of a run: how far it is, live while it goes; its drops; the images of drops that are staged."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +20,7 @@ from stages.precompute.fetch import SAMPLES
 
 _VIEW_AGE_S = 1.0
 """Browsers that look at the same time share what was read."""
+_IMAGE_S = 5.0
 
 
 def routes(place: Place) -> list[Route]:
@@ -113,7 +115,7 @@ class RunPages:
     def image(self, request: Request) -> Response:
         """The bytes of a dropped image, as they were fetched."""
         shard, row = request.path_params["shard"], request.path_params["row"]
-        found = part(lambda: self._parts[2].staged.image(shard, row))
+        found = part(lambda: self._parts[2].staged.image(shard, row, time.monotonic() + _IMAGE_S))
         if found.value is None:
             raise HTTPException(404, found.error or "not staged, or nothing that a browser shows")
         data, kind = found.value

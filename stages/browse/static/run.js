@@ -36,7 +36,7 @@ function show(text) {
         }
         const focused = now.contains(document.activeElement) ? document.activeElement : null;
         const place = focused ? [...now.querySelectorAll("a, summary")].indexOf(focused) : -1;
-        now.replaceWith(fresh);
+        keepCharts(live, () => now.replaceWith(fresh));
         if (place >= 0) [...fresh.querySelectorAll("a, summary")][place]?.focus({ preventScroll: true });
       } else {
         live.insertBefore(fresh, before ? before.nextSibling : live.firstChild);

@@ -56,7 +56,7 @@ async function refresh() {
     ended.textContent = "";
     if (text === area.dataset.shown) return;
     area.dataset.shown = text;
-    area.innerHTML = text;
+    keepCharts(area, () => { area.innerHTML = text; });
     if (grids) takeSteps(stepsOf(area));
   } catch (error) {
     ended.textContent = error instanceof TypeError ? "the server has ended" : error.message;

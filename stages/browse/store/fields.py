@@ -36,13 +36,17 @@ _KINDS: dict[str, Literal["int", "float", "choice"]] = {
 }
 
 
+def text_columns(store: Store) -> dict[str, str]:
+    """The sets of captions, that of `samples` first, each with the column of the table that has its captions."""
+    return {name: f"text_{i}" if i else "text" for i, name in enumerate(store.caption_sets)}
+
+
 def fields_of(store: Store) -> list[Field]:
     """The fields of a store's samples, in the order of the page."""
     scores = [name for name, group in store.manifest.arrays.items() if group.spec.shape == ()]
     columns = store.columns.items()
     return [
-        *(Field(f"tokens.{name}", f"tokens of {name}", f"tokens_{i}", "int") for i, name in enumerate(store.encoders)),
-        Field("characters", "characters of the caption", "characters", "int"),
+        *_lengths(store),
         Field("width", "width, px", "width", "int"),
         Field("height", "height, px", "height", "int"),
         Field("aspect", "width / height", "aspect", "float"),
@@ -54,3 +58,23 @@ def fields_of(store: Store) -> list[Field]:
         *(Field(f"array.{name}", name, f"array_{i}", "float") for i, name in enumerate(scores)),
         *(Field(f"column.{name}", name, f"column_{i}", _KINDS[kind]) for i, (name, kind) in enumerate(columns)),
     ]
+
+
+def _lengths(store: Store) -> list[Field]:
+    """Tokens of each encoder, then characters; those of further sets of captions behind those of the first."""
+    first, *further = store.caption_sets
+    of_first = f", {first}" if further else ""
+    found = [
+        Field(f"tokens.{name}", f"tokens of {name}{of_first}", f"tokens_{i}", "int")
+        for i, name in enumerate(store.encoders)
+    ]
+    found += [
+        Field(f"tokens.{encoder}/{of}", f"tokens of {encoder}, {of}", f"set_tokens_{i}", "int")
+        for i, (encoder, of) in enumerate(store.manifest.set_texts)
+    ]
+    found.append(Field("characters", f"characters of the caption{of_first}", "characters", "int"))
+    found += [
+        Field(f"characters/{of}", f"characters of the caption, {of}", f"characters_{i}", "int")
+        for i, of in enumerate(further, 1)
+    ]
+    return found

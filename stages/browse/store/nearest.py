@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imagen_core.store import EmbeddingGroup, ImageEmbedGroup, SetTextGroup, Store
+from imagen_core.store import EmbeddingGroup, ImageEmbedGroup, SetTextGroup, Store, StoreError
 from stages.browse.store.sample import embedding_row, embedding_values
 
 _MOST_SECONDS = 5.0
@@ -25,11 +25,16 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """The nearest samples, and how many vectors were compared until the time was over."""
+    """The nearest samples, and how many vectors were compared until the time was over.
+
+    Attributes:
+        problems: a line for each shard that could not be read.
+    """
 
     found: list[Neighbour]
     compared: int
     is_all: bool
+    problems: tuple[str, ...] = ()
 
 
 def nearest(
@@ -51,7 +56,7 @@ def nearest(
         group: of image embeddings, or of captions, which are averaged over their tokens.
         number: of the caption among those of its set.
     Raises:
-        StoreError: a file cannot be read.
+        StoreError: a file of the sample's own shard cannot be read.
         LookupError: the sample has no such caption.
     """
     own = embedding_row(store, group, position, row, number)
@@ -60,16 +65,24 @@ def nearest(
     start, until = shards.index(position), time.monotonic() + seconds
     best: list[tuple[float, int, int]] = []
     compared = read = 0
+    problems: list[str] = []
     for at in shards[start:] + shards[:start]:
-        rows = {i: of for i, of in _rows(store, group, at).items() if (at, i) != (position, own)}
+        read += 1
+        try:
+            rows = {i: of for i, of in _rows(store, group, at).items() if (at, i) != (position, own)}
+            means = [_mean(store, group, at, i) for i in rows]
+        except StoreError as error:
+            problems.append(str(error))
+            continue
         if rows:
-            cosines = _unit(np.stack([_mean(store, group, at, i) for i in rows])) @ wanted
+            cosines = _unit(np.stack(means)) @ wanted
             found = [(cosine, -at, -of) for cosine, of in zip(cosines.tolist(), rows.values(), strict=True)]
             best = heapq.nlargest(most, [*best, *found])
-        compared, read = compared + len(rows), read + 1
+        compared += len(rows)
         if time.monotonic() > until:
             break
-    return Nearest([_neighbour(store, c, -at, -of) for c, at, of in best], compared, read == len(shards))
+    neighbours = [_neighbour(store, c, -at, -of) for c, at, of in best]
+    return Nearest(neighbours, compared, read == len(shards), tuple(problems))
 
 
 def _rows(store: Store, group: EmbeddingGroup, position: int) -> dict[int, int]:

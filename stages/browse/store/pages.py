@@ -1,6 +1,7 @@
 """The pages of a store: the grid, a sample, its images, heat maps and nearest samples."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -54,10 +55,13 @@ class _Pages:
         self.view = StoreView(place)
 
     def grid(self, request: Request) -> Response:
-        opened = part(self.view.table)
-        if opened.value is None:
-            return render(request, "store/missing.html", status=503, place=self.place, line=opened.error)
-        table = opened.value
+        with ExitStack() as stack:
+            opened = part(lambda: stack.enter_context(self.view.table()))
+            if opened.value is None:
+                return render(request, "store/missing.html", status=503, place=self.place, line=opened.error)
+            return self._grid(request, opened.value)
+
+    def _grid(self, request: Request, table: SamplesTable) -> Response:
         table.wait(_WAIT_S)
         query = _query(request, table)
         with table.asking(query) as answers:
@@ -90,8 +94,11 @@ class _Pages:
             return found
 
     def sample(self, request: Request) -> Response:
+        with self.view.table() as table:
+            return self._sample(request, table)
+
+    def _sample(self, request: Request, table: SamplesTable) -> Response:
         shard, row = _place_of(request)
-        table = self.view.table()
         query = _query(request, table)
         with self.view.reading() as store:
             position = _position(store, shard, row)
@@ -158,7 +165,7 @@ class _Pages:
 
 def _query(request: Request, table: SamplesTable) -> Query:
     try:
-        return Query.parse(request.query_params, table.fields)
+        return Query.parse(request.query_params, table.fields, table.caption_sets)
     except QueryError as error:
         raise HTTPException(400, str(error)) from error
 

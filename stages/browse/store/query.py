@@ -1,6 +1,6 @@
 """A choice of samples: how it is read from an address, and what it is in SQL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
@@ -20,6 +20,8 @@ class Query:
 
     Attributes:
         search: text that one of the captions has, whatever its case; "" for all samples.
+        caption_set: the set of captions that is searched and shown; "": all are searched, and the first that fits is
+            shown.
         ranges: by key of a field, the least and the greatest value; None for no bound.
         choices: by key of a field, its value.
         sort: key of the field to sort by; "" for the order of the store.
@@ -30,13 +32,14 @@ class Query:
     choices: Mapping[str, str]
     sort: str
     descending: bool
+    caption_set: str = ""
 
     @classmethod
-    def parse(cls, given: Mapping[str, str], fields: Sequence[Field]) -> "Query":
+    def parse(cls, given: Mapping[str, str], fields: Sequence[Field], caption_sets: Collection[str] = ()) -> "Query":
         """A query from the parameters of an address; those of no field are left alone.
 
         Raises:
-            QueryError: a bound is no number, or samples cannot be sorted by this.
+            QueryError: a bound is no number, samples cannot be sorted by this, or the store has no such captions.
         """
         numbers = [field for field in fields if field.kind != "choice"]
         ranges = {
@@ -46,12 +49,16 @@ class Query:
         sort = given.get("sort", "")
         if sort and sort not in {field.key for field in fields}:
             raise QueryError(f"sort={sort[:80]}: samples have no such field")
+        of = given.get("captions", "")
+        if of and of not in caption_sets:
+            raise QueryError(f"captions={of[:80]}: the store has the captions {', '.join(caption_sets)}")
         return cls(
             given.get("q", "")[:_MOST_CHARACTERS],
             {key: bounds for key, bounds in ranges.items() if bounds != (None, None)},
             choices,
             sort,
             given.get("order") == "descending",
+            of,
         )
 
     def with_range(self, key: str, low: float | None, high: float | None) -> "Query":
@@ -73,6 +80,8 @@ class Query:
     def address(self, **more: object) -> str:
         """`?...` for a link; "" for all samples."""
         values: dict[str, object] = {"q": self.search} if self.search else {}
+        if self.caption_set:
+            values["captions"] = self.caption_set
         for key, bounds in self.ranges.items():
             ends = zip(("min", "max"), bounds, strict=True)
             values |= {f"{key}_{end}": _shortest(bound) for end, bound in ends if bound is not None}

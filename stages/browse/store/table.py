@@ -1,8 +1,10 @@
 """The samples of a store as a table of DuckDB: filled once, shard by shard, and asked with parameters."""
 
+import atexit
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +12,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from imagen_core.store import Store, choose_buckets
-from imagen_core.store.files.arrow_column import arrow_column, as_numpy
-from imagen_core.store.files.samples import list_offsets
-from imagen_core.store.read.reader import OpenShard
-from stages.browse.store.fields import Field, fields_of
+from imagen_core.store import Store
+from imagen_core.store.files.arrow_column import arrow_column
+from stages.browse.store.fields import Field, fields_of, text_columns
 from stages.browse.store.query import Query
+from stages.browse.store.shard_columns import ShardReader
 from stages.browse.web import error_line
 
 _SETTINGS = {
@@ -28,18 +28,25 @@ _SETTINGS = {
 }
 _ROWS_AT_ONCE = 20_000
 _SHOWN_CHARACTERS = 300
-_READ = ("key", "captions", "caption_ids", "url", "sha256", "width", "height", "label")
+_MOST_END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A sample in the grid. `text` are its captions, cut; `shard` is the number in the names of its files."""
+    """A sample in the grid.
+
+    Attributes:
+        shard: the number in the names of its files.
+        text: its captions of one set, cut.
+        sets: of several sets of captions, those in which the search found it.
+    """
 
     shard: int
     row: int
     key: str
     text: str
     is_cut: bool
+    sets: tuple[str, ...] = ()
 
 
 class SamplesTable:
@@ -47,6 +54,7 @@ class SamplesTable:
 
     Attributes:
         fields: what can be asked for.
+        caption_sets: the sets of captions, the first one that of `samples`.
         problems: one line per file that could not be read; its samples, or their values, are missing.
         total: samples that the store has.
     """
@@ -58,6 +66,8 @@ class SamplesTable:
             duplicates: the reason by shard and row of each sample that a search for duplicates found.
         """
         self.fields = fields_of(store)
+        self._texts = text_columns(store)
+        self.caption_sets = tuple(self._texts)
         self.problems: list[str] = []
         self.total = len(store)
         self._store, self._duplicates = store, duplicates
@@ -67,7 +77,10 @@ class SamplesTable:
         self._connection.execute(f"CREATE TABLE samples ({', '.join(map(' '.join, self._columns()))})")
         self._filled, self._closed = threading.Event(), False
         self._spans: dict[tuple[str, bool], tuple[float, float] | None] = {}
-        threading.Thread(target=self._fill, name="samples", daemon=True).start()
+        self._mutex, self._users = threading.Lock(), 1  # the thread
+        self._thread = threading.Thread(target=self._fill, name="samples", daemon=True)
+        self._thread.start()
+        _TABLES.add(self)
 
     def wait(self, seconds: float) -> bool:
         """Waits until all shards are read; returns whether they are."""
@@ -77,20 +90,57 @@ class SamplesTable:
     def is_filled(self) -> bool:
         return self._filled.is_set()
 
+    @contextmanager
+    def used(self) -> Iterator["SamplesTable"]:
+        """Keeps it until the end of the block, even if it is closed meanwhile."""
+        with self._mutex:
+            self._users += 1
+        try:
+            yield self
+        finally:
+            self._release()
+
     def close(self) -> None:
-        """Frees its memory and its file; a thread that fills it ends."""
-        self._closed = True
-        self._connection.close()
-        self._folder.cleanup()
+        """Frees its memory and its file once nobody uses it; the thread that fills it ends."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed, self._users = True, self._users + 1
+        self._release()
+
+    def _release(self) -> None:
+        with self._mutex:
+            self._users -= 1
+            is_free = self._closed and not self._users
+        if is_free:
+            self._connection.close()
+            self._folder.cleanup()
+
+    def end(self) -> None:
+        """Closes it, and waits for its thread."""
+        self.close()
+        self._thread.join(_MOST_END_S)
+
+    @contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with self._mutex:  # a connection refuses two calls at a time
+            cursor = self._connection.cursor()
+        with cursor:
+            yield cursor
 
     @contextmanager
     def asking(self, query: Query) -> Iterator["Answers"]:
         """Answers about the samples that fit a query; captions are searched once."""
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             if query.search:
-                search = "SELECT id FROM samples WHERE contains(lower(text), lower(?))"
+                wanted = {query.caption_set: self._texts[query.caption_set]} if query.caption_set else self._texts
+                bits = [
+                    f"if(contains(lower({column}), lower($1)), {1 << self.caption_sets.index(name)}, 0)"
+                    for name, column in wanted.items()
+                ]
+                search = f"SELECT * FROM (SELECT id, {' + '.join(bits)} AS sets FROM samples) WHERE sets > 0"
                 cursor.execute(f"CREATE TEMP TABLE found AS {search}", [query.search])
-            yield Answers(cursor, self.fields, query)
+            yield Answers(cursor, self.fields, query, self._texts)
 
     def span(self, field: Field) -> tuple[float, float] | None:
         """Between which values 99 % of all samples are; None if no sample has a value."""
@@ -98,14 +148,15 @@ class SamplesTable:
         if known not in self._spans:
             column = field.column
             sql = f"SELECT quantile_disc({column}, [0.005, 0.995]) FROM samples WHERE {column} IS NOT NULL"
-            with self._connection.cursor() as cursor:
+            with self._cursor() as cursor:
                 rows = cursor.execute(sql).fetchall()
             self._spans[known] = None if rows[0][0] is None else tuple(rows[0][0])
         return self._spans[known]
 
     def _columns(self) -> list[tuple[str, str]]:
-        own = [("id", "BIGINT"), ("shard", "INTEGER"), ("row", "INTEGER"), ("key", "VARCHAR"), ("text", "VARCHAR")]
-        return [*own, ("sha256", "VARCHAR"), *((field.column, field.sql_type) for field in self.fields)]
+        own = [("id", "BIGINT"), ("shard", "INTEGER"), ("row", "INTEGER"), ("key", "VARCHAR"), ("sha256", "VARCHAR")]
+        texts = ((column, "VARCHAR") for column in self._texts.values())
+        return [*own, *texts, *((field.column, field.sql_type) for field in self.fields)]
 
     def _fill(self) -> None:
         try:
@@ -115,18 +166,25 @@ class SamplesTable:
                 self.problems.append(error_line(error))
         finally:
             self._filled.set()
+            self._release()
 
     def _read_all(self) -> None:
-        reader, connection = _ShardReader(self._store, self.fields, self.problems), self._connection.cursor()
+        with self._cursor() as connection:
+            self._read_into(connection)
+
+    def _read_into(self, connection: duckdb.DuckDBPyConnection) -> None:
+        reader = ShardReader(self._store, self.fields, self.problems)
         waiting: list[pa.Table] = []
         for position in np.flatnonzero(self._store.manifest.rows).tolist():
+            if self._closed:
+                return
             if (table := reader.read(position)) is not None:
                 waiting.append(table)
             if sum(table.num_rows for table in waiting) >= _ROWS_AT_ONCE or (position == 0 and waiting):
-                _insert(connection, waiting)
+                _insert(connection, waiting, self._texts.values())
                 waiting = []
         if waiting:
-            _insert(connection, waiting)
+            _insert(connection, waiting, self._texts.values())
         connection.execute(
             "UPDATE samples SET copies = found.number FROM (SELECT sha256, count(*) AS number FROM samples "
             "WHERE sha256 != '' GROUP BY sha256 HAVING number > 1) AS found WHERE samples.sha256 = found.sha256"
@@ -143,15 +201,33 @@ class SamplesTable:
             connection.unregister("found")
 
 
+_TABLES: "weakref.WeakSet[SamplesTable]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread in the engine's code would abort the process when it ends."""
+    for table in list(_TABLES):
+        table.end()
+
+
 class Answers:
     """What the grid and its charts ask about the samples that fit a query."""
 
-    def __init__(self, cursor: duckdb.DuckDBPyConnection, fields: Sequence[Field], query: Query):
+    def __init__(
+        self,
+        cursor: duckdb.DuckDBPyConnection,
+        fields: Sequence[Field],
+        query: Query,
+        texts: Mapping[str, str],
+    ):
         """
         Args:
-            cursor: sees the table `samples`, and `found` with the ids that the query's search finds.
+            cursor: sees the table `samples`, and `found` with the ids that the query's search finds and a bit for each
+                set of captions in which it does.
+            texts: the column of each set of captions.
         """
-        self._cursor, self._fields, self._query = cursor, fields, query
+        self._cursor, self._fields, self._query, self._texts = cursor, fields, query, texts
 
     def count(self) -> int:
         """How many samples fit."""
@@ -161,12 +237,27 @@ class Answers:
     def rows(self, first: int, count: int) -> list[Row]:
         """Samples that fit, in the query's order, from number `first` on."""
         condition, values = self._query.where(self._fields)
+        order, source = self._query.order(self._fields), "samples JOIN found USING (id)"
+        if not self._query.search:
+            source = "(SELECT *, 0 AS sets FROM samples)"
+        page = f"SELECT id FROM samples WHERE {condition} {order} LIMIT ? OFFSET ?"
         found = self._ask(
-            f"SELECT shard, row, key, left(text, {_SHOWN_CHARACTERS}), length(text) > {_SHOWN_CHARACTERS} "
-            f"FROM samples WHERE {condition} {self._query.order(self._fields)} LIMIT ? OFFSET ?",
+            f"SELECT shard, row, key, left(shown, {_SHOWN_CHARACTERS}), length(shown) > {_SHOWN_CHARACTERS}, sets "
+            f"FROM (SELECT *, {self._shown()} AS shown FROM {source} WHERE id IN ({page})) {order}",
             [*values, count, first],
         )
-        return [Row(*each) for each in found]
+        return [Row(shard, row, key, text, is_cut, self._sets(bits)) for shard, row, key, text, is_cut, bits in found]
+
+    def _sets(self, bits: int) -> tuple[str, ...]:
+        """Of several sets of captions, those of some bits."""
+        return tuple(name for i, name in enumerate(self._texts) if bits >> i & 1) if len(self._texts) > 1 else ()
+
+    def _shown(self) -> str:
+        """The captions that the grid shows of a sample: of the chosen set, else of the first one that fits."""
+        if self._query.caption_set:
+            return f"coalesce({self._texts[self._query.caption_set]}, '')"
+        cases = (f"WHEN sets & {1 << i} > 0 THEN {column}" for i, column in enumerate(self._texts.values()))
+        return f"CASE {' '.join(cases)} ELSE text END"
 
     def choices(self, field: Field, most: int) -> list[tuple[str, int]]:
         """The most frequent values of a field, with their counts, among the samples that fit all other conditions."""
@@ -193,90 +284,20 @@ class Answers:
         return self._cursor.execute(sql, values).fetchall()
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Table]) -> None:
-    connection.register("incoming", pa.concat_tables(tables, promote_options="permissive"))
+def _insert(connection: duckdb.DuckDBPyConnection, tables: Sequence[pa.Table], texts: Iterable[str]) -> None:
+    """Adds samples.
+
+    Args:
+        texts: columns with lists of captions; their samples get the captions as lines, and their characters.
+    """
+    incoming = pa.concat_tables(tables, promote_options="permissive")
+    given = [column for column in texts if column in incoming.column_names]
+    lines = [(column, f"array_to_string({column}, chr(10))") for column in given]
+    joined = ", ".join(f"{text} AS {column}" for column, text in lines)
+    counted = ", ".join(f"length({text}) AS {column.replace('text', 'characters')}" for column, text in lines)
+    connection.register("incoming", incoming)
     connection.execute(
-        "INSERT INTO samples BY NAME SELECT * EXCLUDE (url) REPLACE (array_to_string(text, chr(10)) AS text), "
-        "length(array_to_string(text, chr(10))) AS characters, 1 AS copies, "
+        f"INSERT INTO samples BY NAME SELECT * EXCLUDE (url) REPLACE ({joined}), {counted}, 1 AS copies, "
         "nullif(regexp_extract(url, '^[a-zA-Z][a-zA-Z0-9+.-]*://([^/?#@]*@)?([^/?#:]+)', 2), '') AS host FROM incoming"
     )
     connection.unregister("incoming")
-
-
-class _ShardReader:
-    """Reads what the table holds of a shard's samples, without the excluded ones."""
-
-    def __init__(self, store: Store, fields: Sequence[Field], problems: list[str]):
-        self._store, self._problems = store, problems
-        self._columns = {field.key: field.column for field in fields}
-        self._firsts = np.concatenate([[0], np.cumsum(store.manifest.rows)])
-        bucketed = [group for group in store.manifest.images.values() if group.shapes]
-        self._shapes = bucketed[0].shapes if bucketed else ()
-
-    def read(self, position: int) -> pa.Table | None:
-        """None where `samples` cannot be read; what else cannot be read is null."""
-        store, kept = self._store, list(self._store.columns)
-        files = store.shard(position)
-        found = self._try(lambda: files.columns([*_READ, *kept]))
-        if found is None:
-            return None
-        rows = np.setdiff1d(np.arange(found.num_rows), list(store.manifest.excluded.get(position, ())))
-        width, height = (as_numpy(found[name].combine_chunks()) for name in ("width", "height"))
-        values: dict[str, Any] = {
-            "id": _array(self._firsts[position] + np.arange(found.num_rows)),
-            "shard": _array(np.full(found.num_rows, store.manifest.index[position])),
-            "row": _array(np.arange(found.num_rows)),
-            "text": found["captions"],
-            **{name: found[name] for name in ("key", "url", "sha256", "width", "height")},
-            "label": pc.cast(found["label"], pa.string()),
-            "aspect": _array(width / np.maximum(height, 1)),
-            **{self._columns[f"column.{name}"]: _plain(found[name]) for name in kept},
-        }
-        if self._shapes:
-            names = np.array([f"{shape[1]} x {shape[0]}" for shape in self._shapes])
-            values["bucket"] = arrow_column(names[choose_buckets(width, height, self._shapes)].tolist(), pa.string())
-        values |= self._tokens(files, found["caption_ids"].combine_chunks())
-        values |= self._scores(files, found.num_rows)
-        return pa.table(values).take(_array(rows))
-
-    def _tokens(self, files: OpenShard, caption_ids: pa.ListArray) -> dict[str, pa.Array]:
-        """Tokens of the longest caption of each sample, by column."""
-        ids, starts = as_numpy(caption_ids.flatten()), list_offsets(caption_ids)[:-1]
-        counts = {name: self._try(lambda name=name: files.text[name].num_tokens) for name in self._store.encoders}
-        return {
-            self._columns[f"tokens.{name}"]: _array(np.maximum.reduceat(number[ids], starts))
-            for name, number in counts.items()
-            if number is not None and starts
-        }
-
-    def _scores(self, files: OpenShard, num_rows: int) -> dict[str, pa.Array]:
-        names = [key.partition(".")[2] for key in self._columns if key.startswith("array.")]
-
-        def read(name: str) -> np.ndarray:
-            return np.array([float(files.arrays[name].value(row)) for row in range(num_rows)], np.float64)
-
-        found = {name: self._try(lambda name=name: read(name)) for name in names}
-        return {self._columns[f"array.{name}"]: _array(score) for name, score in found.items() if score is not None}
-
-    def _try(self, read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except Exception as error:  # noqa: BLE001 - shown on the page
-            self._problems.append(error_line(error))
-            return None
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    """`pa.array`, which would import pandas, of numbers."""
-    values = np.ascontiguousarray(values, np.float64 if values.dtype.kind == "f" else np.int64)
-    return pa.Array.from_buffers(
-        pa.float64() if values.dtype.kind == "f" else pa.int64(), len(values), [None, pa.py_buffer(values)]
-    )
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A kept column in the type of its field; what is not finite is no value."""
-    if pa.types.is_floating(column.type):
-        is_finite, missing = pc.call_function("is_finite", [column]), pa.nulls(1, column.type)[0]
-        return pc.call_function("if_else", [is_finite, column, missing])
-    return pc.cast(column, pa.string()) if pa.types.is_boolean(column.type) else column

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
@@ -37,12 +37,15 @@ class StoreView:
         with self._lock:
             yield self._opened()
 
-    def table(self) -> SamplesTable:
-        """The table of its samples, which may still be filling."""
-        with self._lock:
-            self._opened()
-            assert self._table is not None
-            return self._table
+    @contextmanager
+    def table(self) -> Iterator[SamplesTable]:
+        """The table of its samples, which may still be filling; raises as `reading`."""
+        with ExitStack() as stack:
+            with self._lock:
+                self._opened()
+                assert self._table is not None
+                table = stack.enter_context(self._table.used())
+            yield table
 
     @property
     def run(self) -> RunFolder | None:

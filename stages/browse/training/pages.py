@@ -129,16 +129,10 @@ def _grid(request: Request, place: Place) -> Response:
 def _curves_of(places: Sequence[Place], view: View) -> Part[tuple[Curves, list[Metrics]]]:
     def make() -> tuple[Curves, list[Metrics]]:
         metrics = [_metrics(place).read(1.0 / len(places)) for place in places]
-        names = _names(places)
+        names = [place.name for place in places]
         return curves_of(tuple(zip(names, metrics, strict=True)), view), metrics
 
     return part(make) if places else Part((Curves((), ()), []))
-
-
-def _names(places: Sequence[Place]) -> list[str]:
-    """The names of places, with their numbers where two have the same."""
-    names = [place.name for place in places]
-    return [f"{place.name} ({place.number})" if names.count(place.name) > 1 else place.name for place in places]
 
 
 def _chosen(request: Request) -> list[Place]:

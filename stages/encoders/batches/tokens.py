@@ -81,12 +81,12 @@ def reads_words_alone(tokenizer: Any) -> bool:
     So it is where no token of the vocabulary goes on behind a space, and unknown text does not make a token of more
     than its word.
     """
-    from transformers import ByT5Tokenizer
-
     if tokenizer.truncation_side != "right" or any(map(_SPACE_BEHIND_TEXT.search, tokenizer.get_vocab())):
         return False
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
+        from transformers import ByT5Tokenizer
+
         return isinstance(tokenizer, ByT5Tokenizer)
     if json.loads(backend.to_str())["model"]["type"] in ("BPE", "Unigram"):
         return True

@@ -25,13 +25,18 @@ class RecipeReader:
             leaves a caption no room.
     """
 
-    def __init__(self, config: RecipeSettings, tokenizer: Any):
+    def __init__(self, config: RecipeSettings, tokenizer: Any, around: tuple[str, str] | None = None):
+        """
+        Args:
+            tokenizer: of transformers.
+            around: the text before and after each caption; None: as the template says.
+        """
         self._config, self._tokenizer = config, tokenizer
         self._where = f"encoders.{config.name}"
         check_cleaning(config.cleaning, f"{self._where}.cleaning")
         template = config.template or Template()
         self._special = template.special_tokens
-        self.before, self.after = self._around(template)
+        self.before, self.after = self._around(template) if around is None else around
         self._suffix = self._tokens(template.suffix_after_pads, special=False) if template.suffix_after_pads else []
         self._dropped = self._count_dropped(template)
         self._check_dropped()

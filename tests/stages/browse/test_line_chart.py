@@ -1,5 +1,7 @@
 """What is drawn of curves, and where."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -115,3 +117,36 @@ def test_names_in_a_chart_are_text() -> None:
     )
     assert not [tag for tag in ("<script", "<img", "<b>", "<i>") if tag in page]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_the_table_has_the_values_themselves_and_leaves_out_what_is_far_away() -> None:
+    steps = np.arange(0.0, 1101.0)
+    sparse = Series("b", np.array([500.0]), np.array([0.125]))
+    chart = line_chart("loss", [Series("a", steps, steps * 0.01), sparse], x_label="step")
+    assert chart is not None
+    titles, rows = chart.table(12)
+    assert titles == ["step", "a", "b"]
+    assert [row[0] for row in rows] == ["0", *(str(100 * n) for n in range(1, 10)), "1,000", "1,100"]
+    assert [row[1] for row in rows] == ["0", *map(str, range(1, 12))]
+    assert [row[2] for row in rows] == ["0.125" if row[0] == "500" else "" for row in rows]
+
+
+def test_a_chart_holds_what_it_draws_as_numbers_and_the_ends_of_its_axes() -> None:
+    given = Series("a", np.array([10.0, 20.0, 30.0]), np.array([1.0, np.nan, 100.0]))
+    chart = line_chart("loss", [given], log=True)
+    assert chart is not None
+    assert chart.lines[0].values == "[[10,30],[1.0,100.0],[]]"
+    x, y, _ = json.loads(chart.lines[0].values)
+    (left, right), (bottom, top) = chart.x_ends, chart.y_ends
+    places = [place.split(",") for place in chart.lines[0].path.split("M")[1:] for place in place.split(" ")[:1]]
+    for value_x, value_y, (at_x, at_y) in zip(x, y, places, strict=True):
+        across = chart.left + (value_x - left) / (right - left) * (chart.right - chart.left)
+        up = chart.bottom + (np.log10(value_y) - bottom) / (top - bottom) * (chart.top - chart.bottom)
+        assert (across, up) == pytest.approx((float(at_x), float(at_y)), abs=0.06)
+
+
+def test_labels_stay_with_their_points() -> None:
+    given = Series("KD", np.array([3.0, 1.0, 2.0]), np.array([0.3, np.inf, 0.2]), labels=("c", "a", "b"))
+    chart = line_chart("KD", [given], x_label="guidance")
+    assert chart is not None
+    assert chart.table()[1] == [["3", "0.3 (c)"], ["2", "0.2 (b)"]]

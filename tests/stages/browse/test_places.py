@@ -17,13 +17,23 @@ def write_job(folder: Path, workflow: str) -> Path:
 
 
 def test_a_run_is_followed_by_its_store_and_a_store_stands_alone(small_run: Path) -> None:
-    places = find_places([str(small_run), str(small_run / "store")])
-    assert [(place.number, place.kind, place.run) for place in places] == [
-        (1, "run", None),
-        (2, "store", 1),
-        (3, "store", None),
-    ]
-    assert places[1].url == places[2].url == str(small_run / "store")
+    places = find_places([str(small_run)])
+    assert [(place.number, place.kind, place.run) for place in places] == [(1, "run", None), (2, "store", 1)]
+    assert places[1].url == str(small_run / "store")
+    (store,) = find_places([str(small_run / "store")])
+    assert (store.number, store.kind, store.run, store.name) == (1, "store", None, "store")
+
+
+def test_a_path_that_is_given_twice_is_one_place(small_run: Path) -> None:
+    twice = find_places([str(small_run), str(small_run / "store"), f"{small_run}/"])
+    assert [place.kind for place in twice] == ["run", "store"]
+
+
+def test_places_that_end_alike_have_as_much_of_their_path_as_tells_them_apart(tmp_path: Path) -> None:
+    for name in ("a/x/job", "b/x/job", "b/y/job", "other"):
+        write_job(tmp_path / name, "train")
+    places = find_places([str(tmp_path / name) for name in ("a/x/job", "b/x/job", "b/y/job", "other")])
+    assert [place.name for place in places] == ["a/x/job", "b/x/job", "y/job", "other"]
 
 
 @pytest.mark.parametrize(

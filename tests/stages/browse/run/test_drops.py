@@ -3,16 +3,19 @@
 import io
 import json
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from pipeline.engine.watch import RunWatch
+from pipeline.errors import ConfigError
 from pipeline.storage.record import Record
 from pipeline.storage.run_folder import RunFolder
 from stages.browse.run import drops as drops_module
 from stages.browse.run.drops import Drops
+from tests.object_store import BUCKET, object_store
 from tests.pipeline.engine.test_watch import PLAN
 from tests.runs import precompute
 from tests.stages.browse.clients import client
@@ -120,14 +123,14 @@ def png(color: str) -> bytes:
 
 
 def stage_originals(run: RunFolder, shard: int, images: dict[int, bytes]) -> None:
-    path = run.root / f"staging/originals/{shard:05d}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
         for row in range(3):
             values = {"key": f"k{shard}-{row}", "url": f"http://h/{row}", "captions": [f"<b>{row}</b>"]}
             add(tar, f"{row:08d}.json", json.dumps({**values, "reason": None, "detail": ""}).encode())
             if row in images:
                 add(tar, f"{row:08d}.bin", images[row])
+    run.storage.write(f"staging/originals/{shard:05d}.tar", file.getvalue())
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -156,6 +159,47 @@ def test_staged_originals_give_url_captions_and_image(run: RunFolder) -> None:
     text = browser.get("/p/1/drops").text
     assert "&lt;b&gt;0&lt;/b&gt;" in text
     assert "<b>0</b>" not in text
+
+
+@pytest.mark.parametrize("kind", ["memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_a_run_on_an_object_store_shows_images_without_a_copy_of_the_tar(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.browse.run.staged._FAR_BLOCK", 4096)
+    large = png("red") + bytes(300_000)
+    with object_store() if kind == "s3" else nullcontext() as server:
+        run = RunFolder(f"s3://{BUCKET}/drops" if kind == "s3" else f"memory://{tmp_path.name}")
+        run.storage.write_json("plan.json", PLAN)
+        for shard in (0, 1):
+            rows = [{"row": row, "key": f"k{shard}-{row}", "reason": "too_small", "detail": ""} for row in range(3)]
+            write_list(run, "samples", shard, rows)
+            stage_originals(run, shard, {0: large, 2: png("blue")})
+        drops = Drops(RunWatch(run.url))
+        page = drops.page()
+        if server is not None:
+            server.requests.clear()
+        assert drops.add_urls(page) is None
+        assert [row.has_image for row in page.rows] == [True, False, True] * 2
+        assert page.unread == 0
+        browser = client(run.url)
+        assert browser.get("/p/1/drops/1/0").content == large
+        assert browser.get("/p/1/drops/1/2").content == png("blue")
+        if server is not None:
+            assert server.requests.bytes_sent("drops/staging") < 300_000 + 100_000, "one image, and what is around it"
+
+
+def test_a_tar_that_takes_long_is_read_on_with_the_next_page(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_originals(run, 0, {0: png("red")})
+    drops = Drops(RunWatch(run.url))
+    monkeypatch.setattr(drops_module, "_STAGED_S", -1.0)
+    page = drops.page(rows=3)
+    with pytest.raises(ConfigError, match="no source"):
+        drops.add_urls(page)
+    assert ([row.has_image for row in page.rows], page.unread) == ([False] * 3, 1)
+    assert drops.staged.rows(0, -1.0) == ({}, False)
+    monkeypatch.setattr(drops_module, "_STAGED_S", 60.0)
+    drops.add_urls(page)
+    assert [row.has_image for row in page.rows] == [True, False, False]
 
 
 def test_a_truncated_tar_costs_its_images_alone(run: RunFolder) -> None:

@@ -1,8 +1,12 @@
 """The pages of a store: what data holds is text, images are those of the store, damage stays where it is."""
 
 import io
+import os
 import re
+import threading
+import time
 from html import unescape
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from imagen_core.store import Store
 from stages.browse.store.images import error_image, heat_map
+from stages.browse.store.query import Query
+from stages.browse.store.table import SamplesTable
 from tests.imagen_core.store.handmade_store import make_store, remove
 from tests.stages.browse.clients import client
 from tests.stages.browse.store.stores import SIZE_PX, Given, write_store
@@ -206,3 +213,65 @@ def test_a_store_without_a_manifest_says_so_and_is_there_once_it_has_one(tmp_pat
     manifest.unlink()  # as a run does that makes some of it again
     assert "12</strong> samples" in browser.get("/p/2/").text
     assert browser.get("/p/2/sample/0/0").status_code == 200
+
+
+def test_the_nearest_are_searched_in_the_shards_that_can_be_read(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [[Given(name)] for name in ("one", "two", "three", "four")])
+    for group, shard in (("samples", 1), ("text-t5", 2)):
+        damaged = store / group / f"{shard:05d}.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+    page = client(store).get("/p/1/nearest/0/0/0/0").text
+    assert re.findall(r'<span class="caption" dir="auto">(.*?)</span>', page) == ["four"]
+    errors = re.findall(r'<p class="error">(.*?)</p>', page)
+    assert ["samples/00001" in errors[0], "text-t5/00002" in errors[1], len(errors)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("name", ["parquet", "hdf5", "run"])
+def test_a_store_of_schema_1_has_all_of_its_pages(name: str) -> None:
+    folder = Path("tests/fixtures/stores_0_1") / name
+    browser = client(folder)
+    place = "/p/2" if name == "run" else "/p/1"
+    page = browser.get(f"{place}/").text
+    assert '<p class="error"' not in page
+    (sample, *_) = re.findall(rf'href="({place}/sample/[^"?]*)', page)
+    page = browser.get(sample).text
+    assert '<p class="error"' not in page
+    for address in (
+        *re.findall(r'<img [^>]*src="([^"]*)"', page),
+        *re.findall(rf'href="({place}/nearest/[^"]*)"', page),
+    ):
+        answer = browser.get(unescape(address))
+        assert (answer.status_code, "svg" in answer.headers["content-type"]) == (200, False)
+        assert '<p class="error"' not in (answer.text if "html" in answer.headers["content-type"] else "")
+
+
+@pytest.mark.slow
+def test_pages_are_answered_while_the_store_is_written_again(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [[Given(f"{shard} {row}") for row in range(20)] for shard in range(3)])
+    browser, manifest, statuses = client(store), store / "manifest.json", list[int]()
+    addresses = ["/p/1/", "/p/1/?q=1", "/p/1/sample/1/3?at=23", "/p/1/image/2/1/8", "/p/1/nearest/0/1/0/0"] * 2
+
+    def look() -> None:
+        statuses.extend(browser.get(address).status_code for address in addresses)
+
+    readers = [threading.Thread(target=look) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for second in count(1):
+        os.utime(manifest, (second, second))  # as a compaction leaves it: another version
+        if not any(reader.is_alive() for reader in readers):
+            break
+        time.sleep(0.1)
+    assert statuses == [200] * 30
+
+
+def test_a_table_that_is_closed_answers_those_who_use_it_and_then_leaves_no_file(tmp_path: Path) -> None:
+    table = SamplesTable(Store.open(write_store(tmp_path / "store", [[Given("one"), Given("two")]])), dict)
+    folder = Path(table._folder.name)
+    assert table.wait(60)
+    with table.used(), table.asking(Query.parse({"q": "one"}, table.fields)) as answers:
+        table.close()
+        table.close()
+        assert answers.count() == 1
+        assert folder.is_dir()
+    assert not folder.exists()

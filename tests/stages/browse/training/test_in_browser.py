@@ -9,7 +9,7 @@ import pytest
 
 from imagen_core.train.logs import JsonLines
 from stages.evaluation.report import write_report
-from tests.stages.browse.browser import chromium, contrast, fits, serving
+from tests.stages.browse.browser import chromium, contrast, fits, serving, tab_to
 from tests.stages.browse.training.trainings import lines, sampling, training
 
 pytestmark = pytest.mark.slow
@@ -97,6 +97,56 @@ def test_curves_are_smoothed_and_compared_by_keyboard_alone(tmp_path: Path) -> N
         with page.expect_navigation():
             page.keyboard.press("Space")
         assert page.url.endswith("?place=1")
+
+
+def test_a_curve_says_its_values_at_the_pointer_and_by_keys(tmp_path: Path) -> None:
+    text = "".join(json.dumps({"step": step, "loss": step / 8, "grad_norm": 1.0}) + "\n" for step in range(1, 10))
+    text += (
+        json.dumps({"step": 9, "validation_loss/a": 0.5}) + "\n" + json.dumps({"step": 9, "validation_loss/b": 0.25})
+    )
+    root = training(tmp_path / "a", text + "\n")
+    with serving(root) as address, chromium() as page:
+        page.goto(f"{address}/p/1/")
+        figure = page.locator("figure.lines", has_text="Training loss")
+        readout, chart = figure.locator(".readout"), figure.locator("svg")
+        assert not readout.is_visible()
+        chart.hover()
+        assert readout.inner_text() == "step 5: loss 0.625"
+        assert figure.locator("g.readings circle").count() == 1
+        page.mouse.move(0, 0)
+        assert not readout.is_visible()
+        tab_to(page, "svg[data-ends]")
+        assert readout.inner_text() == "step 9: loss 1.125"
+        seen = []
+        for key in ("ArrowLeft", "ArrowLeft", "ArrowRight", "Home", "PageUp", "End"):
+            page.keyboard.press(key)
+            seen.append(chart.get_attribute("aria-valuetext"))
+        assert seen == [f"step {step}: loss {step / 8:g}" for step in (8, 7, 8, 1, 2, 9)]
+        page.keyboard.press("ArrowLeft")
+        with (root / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 10, "loss": 4.0}) + "\n")
+        page.locator(".last", has_text="at step 10").wait_for()
+        assert readout.inner_text() == "step 8: loss 1", "the chart that is drawn again keeps its place and the focus"
+        assert page.evaluate("document.activeElement.matches('svg[data-ends]')")
+        page.keyboard.press("Escape")
+        assert not readout.is_visible()
+        both = page.locator("figure.lines", has_text="Validation loss")
+        both.locator("svg").hover()
+        assert both.locator(".readout").inner_text() == "step 9: a 0.5; b 0.25"
+
+
+def test_without_scripts_a_table_has_the_values(tmp_path: Path) -> None:
+    root = training(tmp_path / "a", lines([1, 2, 3], loss=1.0))
+    with serving(root) as address, chromium(java_script_enabled=False) as page:
+        page.goto(f"{address}/p/1/")
+        figure = page.locator("figure.lines").first
+        figure.locator("summary").click()
+        assert [row.split() for row in figure.locator("tbody tr").all_inner_texts()] == [
+            ["1", "2"],
+            ["2", "3"],
+            ["3", "4"],
+        ]
+        assert figure.locator("svg").get_attribute("tabindex") is None
 
 
 def test_a_sweep_shows_its_plot_and_images_and_says_what_is_missing(tmp_path: Path) -> None:
