@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -88,9 +89,7 @@ def sample(
     if latent is not None and init_image is not None:
         raise ValueError("latent and init_image both say what to start from; give one")
 
-    def normal() -> Tensor:
-        return noise.normal(shape, device, dtype)
-
+    normal = partial(noise.normal, shape, device, dtype)
     if init_image is None or strength == 1:
         first = 0
         x = start_std(sigmas, start, schedule) * (normal() if latent is None else latent.to(device, dtype))
@@ -99,10 +98,10 @@ def sample(
         x = init_image.to(device, dtype).expand(len(noise), *shape)
         if first < len(sigmas) - 1:
             x = x + float(sigmas[first]) * normal()
-    levels = sigmas.to(device=device, dtype=dtype)
-    total = len(sigmas) - 1 - first
+    levels = sigmas[first:].to(device=device, dtype=dtype)
+    total = len(levels) - 1
     history = new_history(schedule, total)
-    for done, (sigma, sigma_next) in enumerate(pairwise(levels[first:]), 1):
+    for done, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
         if inpaint is None:
             x = sampler.step(denoise, x, sigma, sigma_next, normal, history)
         else:

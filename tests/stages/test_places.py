@@ -50,6 +50,7 @@ TAKES = {
         "duplicates.exclude",
         "stores.path",
         "lora.base",
+        "export.lora_base",
         "condition_images",
         "push.path",
         "report.path",
