@@ -25,7 +25,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert precompute(folder / "run", "source.num_samples=24", "images.sizes_px=[16,32]").code == 0
     for (name, diffusion), config in zip(DIFFUSION.items(), (BASE, SUPER), strict=True):
         denoiser = {**config["denoiser"], "diffusion": diffusion}  # type: ignore[dict-item]
-        changed = {**config, "store": str(folder / "run/store"), "denoiser": denoiser, "grid": {"every_steps": 6}}
+        changed = {
+            **config,
+            "store": str(folder / "run/store"),
+            "denoiser": denoiser,
+            "grid": {"every_steps": 6, "num_images": 2, "num_steps": 2},
+        }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(changed))
         result = train(folder, name, folder / name)
         assert result.code == 0, result.err

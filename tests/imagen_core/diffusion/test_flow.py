@@ -10,7 +10,7 @@ from imagen_core.diffusion import DenoiserConfig, DiffusionConfig, PriorConfig, 
 from imagen_core.diffusion.schedules import Discrete, Flow, LogNormal, LogSnrCosine, LogSnrLinear
 from imagen_core.diffusion.steps import Listed, Respaced, Uniform
 from imagen_core.models import Conditioning
-from tests.imagen_core.diffusion.small import UNET, small_denoiser, stub
+from tests.imagen_core.diffusion.small import UNET, small_denoiser, small_super_denoiser, stub
 
 OBJECTIVES = ["eps", "x0", "velocity"]
 SPACES = ["x0", "eps", "velocity"]
@@ -156,6 +156,27 @@ def test_other_schedules_compare_images_or_noise_too(space):
     error = image - x0 if space == "x0" else (x - image) / column(sigma) - noise
     found = diffusion_loss(denoiser, x0, sigma, noise, Conditioning())
     torch.testing.assert_close(found, (error**2).mean(dim=(1, 2, 3)))
+
+
+def test_edm_keeps_its_own_coefficients():
+    sigma = T / (1 - T)
+    found = DiffusionConfig(schedule=Flow(noise_scale=2.0), objective="edm").coefficients(sigma)
+    for name in ("skip", "out", "input"):
+        assert torch.equal(getattr(found, name), getattr(DiffusionConfig().coefficients(sigma), name))
+
+
+def test_a_low_resolution_image_is_noised_along_a_flow_too():
+    flow = {"kind": "flow"}
+    noise_levels = {"kind": "uniform", "schedule": flow, "sample_time": 0.5}
+    diffusion = {"schedule": flow, "objective": "velocity"}
+    denoiser = small_super_denoiser(diffusion=diffusion, low_res_noise=noise_levels)
+    noise, low_res = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((1, 3, 8, 8), 0.4)
+    conditioning = denoiser.with_sampling_low_res(Conditioning(), low_res, noise)  # t = 0.5 is the median
+    torch.testing.assert_close(conditioning.low_res, 0.5 * low_res + 0.5 * noise)
+    torch.testing.assert_close(conditioning.low_res_noise, torch.tensor([0.5]))
+    clean = denoiser.with_sampling_low_res(Conditioning(), low_res, noise, 0.0)
+    assert torch.equal(clean.low_res, low_res)
+    torch.testing.assert_close(clean.low_res_noise, torch.tensor([0.001]))
 
 
 SCHEDULES = [

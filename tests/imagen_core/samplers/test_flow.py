@@ -276,7 +276,7 @@ def test_the_middle_of_two_levels_is_that_of_their_times():
 
 def test_the_default_grid_suits_a_flow_too():
     data, flow = Gaussian(), Flow(noise_scale=2.0, t_min=0.002)
-    sigmas = Karras().sigmas(flow, 40)
+    sigmas = Karras().sigmas(flow, 80)
     assert float(sigmas[0]) == pytest.approx(160)
     mean, covariance = law(DpmSolverPP2M(), data.denoise, sigmas, schedule=flow)
     assert float(mean) == pytest.approx(data.mean, rel=0.02)

@@ -27,7 +27,7 @@ def test_a_batch_is_learned(store: Path, denoiser: dict[str, object]) -> None:
     model = Denoiser(config.denoiser).double()
     example = make_example(first_batch(config), config, model, torch.device("cpu"), step=0)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
-    for _ in range(25):
+    for _ in range(15):
         loss = diffusion_loss(model, example.x0, example.sigma, example.noise, example.conditioning).mean()
         optimizer.zero_grad()
         loss.backward()
