@@ -9,6 +9,7 @@ combination of kept ones, whose coefficients follow from the profiles alone.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,7 +17,8 @@ LONGEST = 0.28
 """Largest sigma_rel; the mean of all weights so far has 1 / sqrt(12) = 0.2887."""
 
 POWER = "power-"
-"""Begin of the names of these averages, as files and as weights."""
+"""Beginning of the names of these averages, as files and as weights."""
+
 Profile = tuple[float, float]
 """Number of updates so far, and sigma_rel."""
 
@@ -31,6 +33,7 @@ def relative_std(exponent: float) -> float:
     return math.sqrt((exponent + 1) / (exponent + 2) ** 2 / (exponent + 3))
 
 
+@lru_cache(maxsize=1024)
 def exponent_of(sigma_rel: float) -> float:
     """The exponent whose profile has this standard deviation: the real root above 0 of a cubic equation.
 

@@ -71,12 +71,12 @@ def _sigma_rel(weights: str) -> float:
 
 def _rebuilt(path: Path, state: Mapping[str, Any], sigma_rel: float) -> tuple[dict[str, Tensor], str]:
     """The tensors, float32, of the average of this length at the checkpoint's step; and their SHA-256."""
-    kept = _kept(path, state)
-    wanted = power_name(sigma_rel)
+    snapshots = path.absolute().parent.parent / SNAPSHOTS
+    kept, wanted = _kept(path, state, snapshots), power_name(sigma_rel)
     if not kept:
         raise CheckpointError(
-            f"{path}: has no weights {wanted!r}, and there are no snapshots up to its step in "
-            f"{path.parent.parent / SNAPSHOTS} to rebuild them from; train with ema.profiles"
+            f"{path}: has no weights {wanted!r}, and there are no snapshots up to its step in {snapshots} to "
+            "rebuild them from; train with ema.profiles"
         )
     profiles = [profile for profile, *_ in kept]
     found, left = coefficients(profiles, (state["ema_updates"], sigma_rel))
@@ -98,20 +98,13 @@ def _rebuilt(path: Path, state: Mapping[str, Any], sigma_rel: float) -> tuple[di
     return total, hasher.hexdigest()
 
 
-def _kept(path: Path, state: Mapping[str, Any]) -> list[tuple[Profile, Path, Mapping[str, Any], str]]:
+def _kept(path: Path, state: Mapping[str, Any], snapshots: Path) -> list[tuple[Profile, Path, Mapping[str, Any], str]]:
     """The averages that one at the checkpoint's step may be made of: profile, folder, its record, and name. The
     checkpoint's own, which are exact, come before those of its step's snapshot."""
-    records = {
-        snapshot: read_state(snapshot)
-        for snapshot in checkpoints(path.parent.parent / SNAPSHOTS)
-        if snapshot.name != path.name
-    }
-    own = any(name.startswith(POWER) for name in state["files"])
-    same_step = path.parent.parent / SNAPSHOTS / path.name
-    if own:
+    records = {snapshot: read_state(snapshot) for snapshot in checkpoints(snapshots)}
+    if any(name.startswith(POWER) for name in state["files"]):
+        records = {snapshot: record for snapshot, record in records.items() if record["step"] != state["step"]}
         records[path] = dict(state)
-    elif same_step in checkpoints(same_step.parent):
-        records[same_step] = read_state(same_step)
     found = []
     for folder, record in records.items():
         if record["step"] > state["step"] or not record["ema_updates"]:
