@@ -115,6 +115,7 @@ class PrecomputedEmbeddingsStage(Stage):
         found: list[np.ndarray] = []
         bad: dict[int, tuple[str, str]] = {}
         misfits: list[ConfigError] = []
+        fitting = 0
         for row, (sample, one) in enumerate(zip(samples, arrays, strict=True)):
             note_progress()
             array = np.zeros((0, self.encoder.dim)) if one.array is None else one.array
@@ -129,14 +130,17 @@ class PrecomputedEmbeddingsStage(Stage):
                 continue
             if one.array is None:
                 bad[row] = (one.reason, one.detail)
-            elif not len(tokens):
+                found.append(tokens)
+                continue
+            fitting += 1
+            if not len(tokens):
                 bad[row] = ("missing_embedding", "all zeros")
             elif self.of == "captions" and len(sample.captions) != 1:
                 bad[row] = ("several_captions", f"{len(sample.captions)}, and one embedding")
             elif self.of == "images" and len(tokens) != 1:
                 raise ConfigError(f"{one.where}: shape {array.shape}, but an image has one vector; check the array")
             found.append(tokens)
-        if len(misfits) == len(samples) > 1:  # the width that is configured is wrong, not that of some files
+        if len(misfits) > 1 and not fitting:  # the width that is configured is wrong, not that of some files
             raise misfits[0]
         return found, bad
 

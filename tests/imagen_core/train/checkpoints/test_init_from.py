@@ -81,7 +81,7 @@ def test_captions_that_are_encoded_in_another_way_are_refused_unless_mismatch_is
     source: Path, store: Path, tmp_path: Path, lora: object
 ) -> None:
     def start(out: Path, *, mismatch: str = "error", **recorded: object) -> None:
-        def load(path: str, weights: str | None) -> LoadedDenoiser:
+        def load(path: str, weights: str | None, *_: object) -> LoadedDenoiser:
             loaded = load_checkpoint(Path(path), weights)
             assert isinstance(loaded.encoder, dict)
             fingerprint = {**loaded.encoder["fingerprint"], **recorded}

@@ -441,10 +441,15 @@ def test_text_behind_its_padding_is_cut_out_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sample.text["t5"], [states(0)[9:]])
 
 
-def test_a_configured_width_that_no_file_has_is_refused_by_file_and_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [None, b"x" * 500])
+def test_a_configured_width_that_no_file_has_is_refused_by_file_and_value(
+    tmp_path: Path, damage: bytes | None
+) -> None:
     root = images(tmp_path / "images")
     fill(root, write_flux())
-    config = settings(root, "{kind: kohya, model: flux, array: t5_out}", dim=4096)
+    if damage is not None:
+        (root / "a" / "1_flux_te.npz").write_bytes(damage)
+    config = settings(root, "{kind: kohya, model: flux, array: t5_out}", "shard_size=5", dim=4096)
     message = r"source.arrays.t5: 0_flux_te.npz of 0.png: shape \(3, 8\), which is not \(4096,\) or \(tokens, 4096\)"
     with pytest.raises(PipelineError, match=message):
         precompute(tmp_path / "run", *config)
