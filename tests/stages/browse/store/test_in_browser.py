@@ -160,7 +160,7 @@ def test_one_of_several_sets_of_captions_is_chosen_and_searched(browser: "Browse
     with serving(store) as url, watched(browser, url, width=400) as page:
         page.goto(f"{url}/p/1/?q=fox")
         assert page.locator(".grid li").all_inner_texts() == ["a red fox\nin long", "fox\nin short"]
-        page.get_by_label("Of").select_option("short")
+        page.get_by_label("Set of captions").select_option("short")
         page.get_by_role("button", name="Show").click()
         page.wait_for_url("**captions=short**")
         assert page.locator(".grid .caption").all_inner_texts() == ["fox"]
