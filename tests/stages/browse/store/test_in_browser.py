@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imagen_core.store import Store
+from tests.imagen_core.store.caption_sets_added import add_caption_sets
 from tests.runs import EMOJI, precompute
 from tests.stages.browse.browser import contrast, fits, pixels_shown, serving, started_chromium, tab_to, watched
 from tests.stages.browse.store.stores import Given, write_store
@@ -149,6 +150,25 @@ def test_hostile_captions_run_nothing_and_fit(browser: "Browser", tmp_path: Path
         assert len(page.locator("details p.text").inner_text()) == 100_000
         page.goto(f"{url}/p/1/sample/0/2")
         assert page.locator("p.text").first.evaluate("(text) => getComputedStyle(text).direction") == "rtl"
+
+
+def test_one_of_several_sets_of_captions_is_chosen_and_searched(browser: "Browser", tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [[Given("a red fox"), Given("a map")]])
+    add_caption_sets(
+        store, {"short": lambda shard, row: ["animal", "fox"][row : row + 1]}, {"long": 1.0, "short": 1.0}
+    )
+    with serving(store) as url, watched(browser, url, width=400) as page:
+        page.goto(f"{url}/p/1/?q=fox")
+        assert page.locator(".grid li").all_inner_texts() == ["a red fox\nin long", "fox\nin short"]
+        page.get_by_label("Set of captions").select_option("short")
+        page.get_by_role("button", name="Show").click()
+        page.wait_for_url("**captions=short**")
+        assert page.locator(".grid .caption").all_inner_texts() == ["fox"]
+        assert fits(page)
+        page.locator(".grid a").click()
+        page.wait_for_url("**/sample/0/1**")
+        page.get_by_role("link", name="All that fit").click()
+        page.wait_for_url("**captions=short**")
 
 
 def test_a_truncated_shard_is_shown_as_an_error_in_its_place_and_breaks_nothing(

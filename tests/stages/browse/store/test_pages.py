@@ -1,6 +1,7 @@
 """The pages of a store: what data holds is text, images are those of the store, damage stays where it is."""
 
 import io
+import json
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from imagen_core.store import Store
+from imagen_core.store import Store, write_manifest
 from stages.browse.store.images import error_image, heat_map
 from stages.browse.store.query import Query
 from stages.browse.store.table import SamplesTable
@@ -275,3 +276,30 @@ def test_a_table_that_is_closed_answers_those_who_use_it_and_then_leaves_no_file
         assert answers.count() == 1
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_a_page_without_samples_says_why(tmp_path: Path, hostile: TestClient) -> None:
+    page = client(write_store(tmp_path / "store", [[]])).get("/p/1/").text
+    assert "The store has no samples." in page
+    assert "Distributions" not in page
+    page = hostile.get("/p/1/?q=nowhere").text
+    assert "No sample fits." in page
+    assert page.count("<strong>0</strong>") == 1
+
+
+def test_a_store_of_embeddings_alone_has_all_but_images(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [[Given("one fox"), Given("two")]])
+    raw = json.loads((store / "manifest.json").read_bytes())
+    del raw["groups"]["images-8"]
+    for shard in raw["shards"]:
+        del shard["files"]["images-8"]
+    write_manifest(
+        store / "manifest.json", {key: raw[key] for key in ("writer", "input_rows", "groups")}, raw["shards"]
+    )
+    browser = client(store)
+    assert re.findall(r'<span class="caption" dir="auto">(.*?)</span>', browser.get("/p/1/?q=fox").text) == ["one fox"]
+    page = browser.get("/p/1/sample/0/0").text
+    assert "The store has no images." in page
+    assert "2 x 4 float32" in page
+    assert '<p class="error"' not in page
+    assert "two" in browser.get("/p/1/nearest/0/0/0/0").text
