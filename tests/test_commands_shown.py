@@ -34,6 +34,7 @@ ELSEWHERE = {
     "duplicates.md": "is of one dataset; tests/stages/duplicates has several",
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
     "deepfloyd-if.md": "needs pipelines of DeepFloyd IF; tests/workflows/test_deepfloyd_if.py runs them on tiny ones",
+    "patch-transformer.md": "trains large models; tests/workflows/test_patch_transformer.py has small ones",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",
