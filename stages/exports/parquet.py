@@ -6,14 +6,15 @@ fixed width, or of one such list for each layer. The features are in the schema'
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from imagen_core.store import ArraySpec, ColumnType, EmbeddingGroup
-from stages.exports.parquet_file import Embeddings, ParquetFile
 from stages.exports.samples import ExportSample
 from stages.exports.selection import Selection
 from stages.exports.webdataset import SUFFIXES
@@ -49,12 +50,9 @@ class ParquetColumns:
             "safebox": pa.list_(pa.int32()),
             "label": pa.int32(),
         }
-        self._texts: dict[str, tuple[str, str | None, EmbeddingGroup]] = {
-            **{f"embedding_{name}": (name, None, group) for name, group in selection.texts.items()},
-            **{f"embedding_{'_'.join(of)}": (*of, group) for of, group in selection.set_texts.items()},
-        }
-        for column, (*_, group) in self._texts.items():
-            types[column] = pa.list_(_array_type((None, *group.token_shape), _float(group, selection)))
+        texts = {**selection.texts, **{"_".join(of): group for of, group in selection.set_texts.items()}}
+        for name, group in texts.items():
+            types[f"embedding_{name}"] = pa.list_(_array_type((None, *group.token_shape), _float(group, selection)))
         for name, group in selection.image_embeds.items():
             types[f"image_embedding_{name}"] = pa.list_(_float(group, selection), group.dim)
         types |= {
@@ -72,7 +70,7 @@ class ParquetColumns:
         """Columns that do not become smaller by a dictionary or by compression."""
 
     def table(self, samples: Sequence[ExportSample]) -> pa.Table:
-        """The samples as rows, with empty lists in the place of `embeddings`."""
+        """The samples as rows."""
         rows = [sample.row for sample in samples]
         columns: dict[str, Any] = {name: [getattr(row, name, None) for row in rows] for name in self.schema.names}
         columns["text"] = [row.captions[0] for row in rows]
@@ -87,7 +85,13 @@ class ParquetColumns:
             )
         for name in self._selection.caption_sets:
             columns[f"captions_{name}"] = [sample.caption_sets[name] for sample in samples]
-        columns |= {name: [[]] * len(samples) for name in self._texts}
+        texts = {f"embedding_{name}": [sample.text[name] for sample in samples] for name in self._selection.texts}
+        for of in self._selection.set_texts:
+            texts[f"embedding_{'_'.join(of)}"] = [sample.set_text[of] for sample in samples]
+        for column, rows_of in texts.items():
+            counts = [len(found) for found in rows_of]
+            each = list(chain.from_iterable(rows_of))
+            columns[column] = _lists(_nested(each, self.schema.field(column).type.value_type), counts)
         for name in self._selection.image_embeds:
             column = f"image_embedding_{name}"
             values = np.concatenate([sample.image_embeds[name] for sample in samples])
@@ -98,16 +102,6 @@ class ParquetColumns:
         return pa.table(
             [pa.array(v, f.type) if isinstance(v := columns[f.name], list) else v for f in self.schema], self.schema
         )
-
-    def embeddings(self, samples: Sequence[ExportSample]) -> dict[str, tuple[tuple[int, ...], Embeddings]]:
-        """Shape of a token, and embeddings of each sample's captions, by column; `table` has none of them."""
-        return {
-            column: (
-                group.token_shape,
-                [sample.text[name] if of is None else sample.set_text[name, of] for sample in samples],
-            )
-            for column, (name, of, group) in self._texts.items()
-        }
 
 
 def write_parquet(path: Path, samples: Iterable[ExportSample], selection: Selection) -> int:
@@ -121,9 +115,9 @@ def write_parquet(path: Path, samples: Iterable[ExportSample], selection: Select
         "use_dictionary": small,
         "write_statistics": small,
     }
-    with ParquetFile(path, options) as file:
+    with pq.ParquetWriter(path, columns.schema, **options) as writer:
         for rows in _row_groups(samples):
-            file.write(columns.table(rows), columns.embeddings(rows))
+            writer.write_table(columns.table(rows), row_group_size=len(rows))
             count += len(rows)
     return count
 

@@ -113,7 +113,6 @@ class Selection:
                 if self.caption_sets
                 else {}
             ),
-            **({"embedding_pages": 2} if self.to == "parquet" and self.texts else {}),  # 1: as pyarrow makes them
         }
 
     def _caption_set(self, name: str) -> dict[str, object]:
