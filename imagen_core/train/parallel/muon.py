@@ -84,7 +84,7 @@ def moment_names(optimizer: AnyOptimizer, parameter: nn.Parameter) -> tuple[str,
     return (MOMENTUM,) if is_muons else ("exp_avg", "exp_avg_sq", "step")
 
 
-def hidden_matrices(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterator[nn.Parameter]:
+def hidden_matrices(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterator[Tensor]:
     """The weights of linear layers within a network's repeated blocks."""
     seen: set[int] = set()
     for block in model.modules():
