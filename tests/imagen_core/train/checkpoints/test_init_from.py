@@ -92,7 +92,7 @@ def test_captions_that_are_encoded_in_another_way_are_refused_unless_mismatch_is
 
     words = (
         r"init_from\.path .*: captions of 't5' are encoded in another way than those it was trained on: "
-        r"cleaning\.0: \"deepfloyd\" -> \(absent\); pads\.to: 77 -> \(absent\); .*init_from\.mismatch=skip"
+        r"cleaning: \[\"deepfloyd\"\] -> \(absent\); pads\.to: 77 -> \(absent\); .*init_from\.mismatch=skip"
     )
     recipe = {"cleaning": ["deepfloyd"], "pads": {"to": 77}}
     with pytest.raises(TrainError, match=words):
