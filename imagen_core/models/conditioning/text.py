@@ -76,7 +76,8 @@ class TextConditioning(nn.Module):
         """
         super().__init__()
         self.text_dim = text_dim
-        self.dropped_caption, self.padded_tokens, self.attended = dropped_caption, padded_tokens, attended
+        self.dropped_caption: DroppedCaption = dropped_caption
+        self.padded_tokens, self.attended = padded_tokens, attended
         averages_context = padded_tokens is not None and pooling == "mean"
         self.pool = _pooling_layer(pooling, text_dim, time_dim, pooling_heads)
         self.pooled = self.to_time = None
