@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imagen_core.train.adamw import DenseAdamW
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
 from imagen_core.train.lora.adapter import saved_parameters
@@ -35,7 +36,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         groups += _split(taken, decay, (config.lr if group.lr is None else group.lr) / config.lr)
     groups = _split(left, config.weight_decay, 1.0) + groups
-    kind = OffloadedAdamW if config.on_cpu else torch.optim.AdamW
+    kind = OffloadedAdamW if config.on_cpu else DenseAdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
