@@ -9,8 +9,10 @@ from torch import Tensor
 from benchmarks.unet_peers import BATCH, SIDE, TOKENS, WIDTH, serve
 from imagen_core.diffusion import Denoiser, DenoiserConfig, diffusion_loss
 from imagen_core.models import Conditioning
+from imagen_core.models.layers.cpu import use_onednn
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.optimizer import make_optimizer
+from pipeline.executors.process import keep_freed_memory
 
 MODELS: dict[str, dict[str, object]] = {
     "ours, Hybrid (imagen-pytorch's layout)": {
@@ -48,6 +50,8 @@ def main() -> None:
     unet = {"image_size_px": SIDE, "text_dim": WIDTH, **MODELS[name]}
     denoiser = Denoiser(DenoiserConfig.model_validate({"unet": unet, "size_px": SIDE}))
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_onednn(denoiser)
+    keep_freed_memory()
     optimizer = make_optimizer(denoiser, OptimizerConfig())
     serve(denoiser.net, loss_of(denoiser), optimizer)
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 from pipeline.config import dump_yaml
 from pipeline.engine.progress import Lines
 from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
+from pipeline.executors.process import keep_freed_memory
 from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.signals import StopSignals
 from pipeline.storage import LocalStorage
@@ -147,6 +148,7 @@ def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
         KeyboardInterrupt: stopped by Ctrl-C.
         PipelineError: what `work` raises.
     """
+    keep_freed_memory()
     run = RunFolder(out)
     if not _is_follower():
         check_out(run, workflow.name, workflow.config.model_dump(mode="json"))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imagen_core.train.adamw import DenseAdamW
 from imagen_core.train.components import OptimizerConfig
 from imagen_core.train.errors import TrainError
 from imagen_core.train.lora.adapter import saved_parameters
@@ -66,6 +67,7 @@ def _assigned(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str,
                 "it out"
             )
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+<<<<<<< HEAD
         scale = (config.lr if group.lr is None else group.lr) / config.lr
         for_muon += _muon_group(matrices, decay, scale)
         for_adamw += _split({name: p for name, p in taken.items() if name not in matrices}, decay, scale)
@@ -90,6 +92,12 @@ def _is_muons(name: str, parameter: nn.Parameter, chosen: str | None, hidden: se
 def _muon_group(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
     group = {"params": list(parameters.values()), "weight_decay": weight_decay, "lr_scale": lr_scale}
     return [group] if parameters else []
+=======
+        groups += _split(taken, decay, (config.lr if group.lr is None else group.lr) / config.lr)
+    groups = _split(left, config.weight_decay, 1.0) + groups
+    kind = OffloadedAdamW if config.on_cpu else DenseAdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+>>>>>>> step-speed
 
 
 def _split(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:

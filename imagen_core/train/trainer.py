@@ -11,6 +11,7 @@ import torch
 
 from imagen_core.diffusion import Denoiser, PriorConfig
 from imagen_core.images import write_png
+from imagen_core.models.layers.cpu import use_onednn
 from imagen_core.sealed import write_sealed
 from imagen_core.store import Store
 from imagen_core.text_batch import EncoderRecords
@@ -155,6 +156,8 @@ def _make_denoiser(
     denoiser.to(world.device, weights_dtype(config.precision))
     if config.compute.channels_last and not is_sharded(config, world):  # FSDP takes contiguous parameters only
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if world.device.type == "cpu" and not config.compute.compile and not is_sharded(config, world):
+        use_onednn(denoiser)
     if config.compute.compile:
         # Lengths, batch sizes and shapes are few (`make_example`); each gets its own compiled network, as does
         # evaluation.

@@ -122,8 +122,10 @@ def run(
         shown = partial(plan, workflow, overrides, config, out, executor, check_input=check_input, as_json=as_json)
         _dry_run(shown, restart, as_json)
         return
+    from pipeline.executors.process import let_threads_sleep
     from pipeline.options import RunOptions
 
+    let_threads_sleep()  # before the workflow imports torch
     folder = out or f"runs/{workflow}"
     chosen = build(workflow, config, overrides, folder)
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())

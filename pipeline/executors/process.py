@@ -10,6 +10,11 @@ WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "4"}
 """Environment of workers: threads of a model that wait for each other sleep. By default they spin, and take the cores
 that other workers compute on. OpenMP reads it when torch is imported; OpenBLAS, whose threads wait for 2**4 cycles,
 when NumPy or SciPy is."""
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+"""Environment of a process that trains or samples: threads that wait for each other spin for microseconds, which is
+the usual wait, and then sleep. By default they spin for milliseconds, and where another process has one of the cores,
+they spin on the other while the one that they wait for does not run. The first is GNU's OpenMP, which torch has on
+Linux, the second LLVM's and Intel's."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 * 2**20
@@ -19,11 +24,27 @@ _MAPPED_BYTES = 32 * 2**20
 _is_worker = False
 
 
-def prepare_process() -> None:
-    """Lets waiting threads sleep, unless the environment says otherwise, and, with glibc, keeps freed memory.
+def let_threads_sleep() -> None:
+    """Sets `SHORT_SPIN` for this process and those it starts, unless the environment says anything about the waiting
+    of threads. It has an effect before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ and SHORT_SPIN.keys().isdisjoint(os.environ):
+        os.environ.update(SHORT_SPIN)
+
+
+def keep_freed_memory() -> None:
+    """With glibc, keeps freed memory for what comes next, up to 256 MiB.
 
     glibc gives the memory of an image or of a model's activations back to the system with every `free`, and takes it
     again, page by page, for the next one: as much time as decoding a JPEG needs.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def prepare_process() -> None:
+    """Lets waiting threads sleep, unless the environment says otherwise, and keeps freed memory.
 
     The first call also stops the search for garbage until a stage is set up (`set_up_once`). What is there already
     stays for good: it is no longer looked through, so that memory shared with other processes stays shared.
@@ -35,10 +56,7 @@ def prepare_process() -> None:
         gc.freeze()
     for name, value in WAITING_THREADS.items():
         os.environ.setdefault(name, value)
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    keep_freed_memory()
 
 
 @contextmanager

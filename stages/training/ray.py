@@ -9,6 +9,7 @@ from imagen_core.far import StorageError
 from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError, TrainingStopped
 from pipeline.errors import ConfigError, PipelineError, PreemptedError
+from pipeline.executors.process import keep_freed_memory
 from pipeline.executors.ray_cluster import connect, total
 from pipeline.job import Job
 from pipeline.storage import LocalStorage
@@ -80,6 +81,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     from imagen_core.train import train
 
+    keep_freed_memory()
     config, online = TrainConfig.model_validate(settings["config"]), settings["online_encoder"]
     encoder = None
     if online is not None:

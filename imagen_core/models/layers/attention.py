@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imagen_core.models.layers.cpu import scaled_unit
 from imagen_core.models.layers.gated import Gated
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -112,10 +113,10 @@ class Attention(nn.Module):
             null = self.null_kv.to(k.dtype)[:, None, None, None].expand(2, k.shape[0], k.shape[1], 1, -1)
             k, v = torch.cat([null[0], k], dim=2), torch.cat([null[1], v], dim=2)
             num_own += 1
-        if self.cosine_scale is not None:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if self.qk_gains is not None:
-            q, k = q * self.qk_gains[0], k * self.qk_gains[1]
+            q, k = scaled_unit(q, self.qk_gains[0]), scaled_unit(k, self.qk_gains[1])
+        elif self.cosine_scale is not None:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         if self.num_kv_heads != self.num_heads:
             k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
         mask = None if self.context_to_kv is None else mask

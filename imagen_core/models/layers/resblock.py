@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from imagen_core.models.layers.activation import Activation, activate
 from imagen_core.models.layers.attention import zero_
 from imagen_core.models.layers.context import Context
+from imagen_core.models.layers.cpu import scaled_unit
 
 Resample = Literal["none", "down", "up", "up_learned"]
 
@@ -134,7 +135,7 @@ class PixelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> the same shape."""
-        return F.normalize(x, dim=1) * (self.gain * self.gain.numel() ** 0.5)[:, None, None]
+        return scaled_unit(x.permute(0, 2, 3, 1), self.gain * self.gain.numel() ** 0.5).permute(0, 3, 1, 2)
 
 
 def resample(x: Tensor, how: Resample) -> Tensor:

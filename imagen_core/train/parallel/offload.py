@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from imagen_core.train.adamw import DenseAdamW
 from imagen_core.train.parallel.world import local
 
 _PART_NUMBERS = 2**26
@@ -12,7 +13,7 @@ _PART_NUMBERS = 2**26
 MiB of the device."""
 
 
-class OffloadedAdamW(torch.optim.AdamW):
+class OffloadedAdamW(DenseAdamW):
     """AdamW that computes where the weights are, part by part, and gives the same numbers as AdamW.
 
     The moments of a part are copied to the weights' device, updated there by the fused kernel, and copied back: 16

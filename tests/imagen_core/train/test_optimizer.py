@@ -1,5 +1,6 @@
 """AdamW: the right groups, the published update, and a learning rate that is a function of the step."""
 
+import copy
 import math
 from typing import Any
 
@@ -158,3 +159,28 @@ def test_the_update_is_adamws() -> None:
         update = (mean / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-6)
         weight = weight - 0.01 * (update + 0.1 * weight)
         torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-10, atol=1e-12)
+
+
+def test_channels_last_kernels_are_updated_as_any_and_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, contiguous = torch._fused_adamw_, []
+
+    def watched(*lists: list[torch.Tensor], **options: Any) -> None:
+        contiguous.append(all(tensor.is_contiguous() for tensors in lists for tensor in tensors))
+        fused(*lists, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    plain = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1), nn.ConvTranspose2d(4, 4, 4))
+    ordered = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    config = OptimizerConfig(lr=0.1, weight_decay=0.1)
+    optimizers = [make_optimizer(model, config) for model in (plain, ordered)]
+    for _ in range(3):
+        for p, q in zip(plain.parameters(), ordered.parameters(), strict=True):
+            p.grad, q.grad = torch.randn_like(p), torch.empty_like(q)
+            q.grad.copy_(p.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(plain.parameters(), ordered.parameters(), strict=True):
+        torch.testing.assert_close(q, p)
+        assert optimizers[1].state[q]["exp_avg"].stride() == q.stride()  # as checkpoints restore them
+    assert contiguous
+    assert all(contiguous)
