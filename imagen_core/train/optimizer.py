@@ -27,12 +27,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AnyOptimizer:
     """
     for_adamw, for_muon = _assigned(model, config)
     if not for_muon:
-        kind = OffloadedAdamW if config.on_cpu else torch.optim.AdamW
+        kind = OffloadedAdamW if config.on_cpu else DenseAdamW
         return kind(for_adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     muon = GatheredMuon(
         for_muon, lr=config.lr, momentum=config.muon.momentum, adjust_lr_fn=config.muon.adjust_lr, nesterov=True
     )
-    adamw = torch.optim.AdamW(for_adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    adamw = DenseAdamW(for_adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return MuonWithAdamW(muon, adamw)
 
 
@@ -67,7 +67,6 @@ def _assigned(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str,
                 "it out"
             )
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-<<<<<<< HEAD
         scale = (config.lr if group.lr is None else group.lr) / config.lr
         for_muon += _muon_group(matrices, decay, scale)
         for_adamw += _split({name: p for name, p in taken.items() if name not in matrices}, decay, scale)
@@ -92,12 +91,6 @@ def _is_muons(name: str, parameter: nn.Parameter, chosen: str | None, hidden: se
 def _muon_group(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
     group = {"params": list(parameters.values()), "weight_decay": weight_decay, "lr_scale": lr_scale}
     return [group] if parameters else []
-=======
-        groups += _split(taken, decay, (config.lr if group.lr is None else group.lr) / config.lr)
-    groups = _split(left, config.weight_decay, 1.0) + groups
-    kind = OffloadedAdamW if config.on_cpu else DenseAdamW
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
->>>>>>> step-speed
 
 
 def _split(parameters: dict[str, nn.Parameter], weight_decay: float, lr_scale: float) -> list[dict[str, Any]]:
