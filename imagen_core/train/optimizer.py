@@ -4,7 +4,6 @@ import math
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
 from imagen_core.train.adamw import DenseAdamW
