@@ -58,7 +58,7 @@ class _Packed(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise RuntimeError("a model that was prepared by optimize_for_cpu cannot be saved; save it before, or load it again")
+        raise RuntimeError("a model that was prepared by optimize_for_cpu cannot be saved; load it again")
 
 
 class PackedConv2d(_Packed):
@@ -114,7 +114,7 @@ def optimize_for_cpu(model: nn.Module, *, winograd_bytes: int = 128 * 2**20) -> 
     """Replaces layers of a model by ones that infer faster in float32 on a CPU; results agree to about 1e-5.
 
     The model then cannot be trained, moved, cast or saved, and sees no later change of a weight. Layers that are not on
-    the CPU in float32, or compute something else with their weights (adapters), stay, as all do in a torch without oneDNN.
+    the CPU in float32, or compute something else with their weights (adapters), stay; without oneDNN all do.
 
     Args:
         winograd_bytes: memory for the larger weights of Winograd's convolution; 0 is without it.

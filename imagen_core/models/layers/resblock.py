@@ -119,9 +119,7 @@ class StandardizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> (b, out_channels, h', w')."""
-        return F.conv2d(
-            input, self.standardized(), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(input, self.standardized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def standardized(self) -> Tensor:
         """The kernels that it convolves with, (out_channels, in_channels, kh, kw)."""
