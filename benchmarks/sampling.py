@@ -1,11 +1,12 @@
 """How long does sampling take, and how much memory, against the peers that can be installed, and an earlier commit?
 
-25 steps with guidance 3, random weights, 23 to 26M parameters (super-resolution 64 -> 256 px: 12M), captions of 32
-tokens as embeddings, float32: processor time of one thread, and wall clock of two. Each model has its own process, and
-rounds are interleaved, so that a slow spell of the machine falls on all. The layouts are the peers'; ours in IF's layout
-has the peer's parameters (diffusers'), and ours in imagen-pytorch's layout those of imagen-pytorch.
+25 steps with guidance 3, random weights, 23 to 26M parameters (super-resolution 64 -> 256 px: about 20M), captions of
+32 tokens as embeddings, float32: processor time of one thread, and wall clock of two. Each model has its own process,
+and rounds are interleaved, so that a slow spell of the machine falls on all. Ours have the layouts of diffusers' IF and
+of imagen-pytorch, with their numbers of parameters.
 
-    python -m benchmarks.sampling --earlier 1ec2329 --peers-python peers/bin/python --out benchmarks/results/sampling.json
+    python -m benchmarks.sampling --earlier 1ec2329 --peers-python peers/bin/python \
+        --out benchmarks/results/sampling.json
 
 `unet_peers.py` says how to make the peers' environment; without --peers-python only ours are measured.
 """
@@ -25,7 +26,12 @@ from benchmarks.earlier import ROOT, unpack
 from benchmarks.sampling_ours import HYBRID, IF, MODELS
 from benchmarks.sampling_peers import LOW_RES, PEERS
 
-CASES = {"32 px, batch 4": (32, 4), "64 px, batch 4": (64, 4), "32 px, batch 16": (32, 16), "64 -> 256 px, batch 1": (256, 1)}
+CASES = {
+    "32 px, batch 4": (32, 4),
+    "64 px, batch 4": (64, 4),
+    "32 px, batch 16": (32, 16),
+    "64 -> 256 px, batch 1": (256, 1),
+}
 COMPARED = ((IF, "diffusers, IF layout"), (HYBRID, "imagen-pytorch"), (HYBRID, "DALLE2-pytorch decoder"))
 """Ours, and the peer over ours."""
 THREADS = {"processor": 1, "wall": 2}

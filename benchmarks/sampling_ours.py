@@ -27,7 +27,13 @@ MODELS = (HYBRID, IF)
 
 
 def hybrid(side: int) -> dict[str, Any]:
-    unet: dict[str, Any] = {"family": "hybrid", "image_size_px": side, "text_dim": WIDTH, "norm": "rms", "qk_norm": True}
+    unet: dict[str, Any] = {
+        "family": "hybrid",
+        "image_size_px": side,
+        "text_dim": WIDTH,
+        "norm": "rms",
+        "qk_norm": True,
+    }
     if side <= LOW_RES:
         attends = (False, True, True)
         unet |= {"dim": 88, "dim_mults": (1, 2, 4), "num_res_blocks": (1, 1, 1)}
@@ -63,7 +69,12 @@ def regular(side: int) -> dict[str, Any]:
     diffusion = {"schedule": {"kind": "discrete"}, "objective": "eps", "variance": "learned_range"}
     if not low_res:
         return {"unet": unet, "diffusion": diffusion, "size_px": side}
-    return {"unet": unet | {"low_res": True, "low_res_noise": True}, "diffusion": diffusion, "size_px": side, **_noise()}
+    return {
+        "unet": unet | {"low_res": True, "low_res_noise": True},
+        "diffusion": diffusion,
+        "size_px": side,
+        **_noise(),
+    }
 
 
 def _known(config: dict[str, Any]) -> DenoiserConfig:

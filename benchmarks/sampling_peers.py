@@ -1,7 +1,7 @@
 """Images sampled by a peer, timed. Runs in the peers' own environment and imports nothing of this project.
 
-`unet_peers.py` says how to make that environment. Called by `benchmarks.sampling`: reads one line of JSON with the name
-and the case, then for each line "TIMES" prints one line of JSON with seconds.
+`unet_peers.py` says how to make that environment. Called by `benchmarks.sampling`: reads one line of JSON with the
+name and the case, then for each line "TIMES" prints one line of JSON with seconds.
 """
 
 import json
@@ -42,9 +42,7 @@ def imagen_pytorch(side: int, batch: int, steps: int) -> Sampler:
         dim=64, dim_mults=(1, 2, 4), num_resnet_blocks=2, layer_attns=False, layer_cross_attns=(False, False, True),
         text_embed_dim=WIDTH, memory_efficient=True, lowres_cond=True,
     )  # fmt: skip
-    model = Imagen(
-        unets=(NullUnet(), unet), image_sizes=(LOW_RES, side), text_embed_dim=WIDTH, timesteps=steps
-    )
+    model = Imagen(unets=(NullUnet(), unet), image_sizes=(LOW_RES, side), text_embed_dim=WIDTH, timesteps=steps)
     small = torch.rand(batch, 3, LOW_RES, LOW_RES)
     return unet, lambda: model.sample(
         text_embeds=text, text_masks=mask, cond_scale=GUIDANCE, use_tqdm=False, start_at_unet_number=2,
