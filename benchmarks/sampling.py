@@ -2,8 +2,8 @@
 
 25 steps with guidance 3, random weights, 23 to 26M parameters (super-resolution 64 -> 256 px: about 20M), captions of
 32 tokens as embeddings, float32: processor time of one thread, and wall clock of two. Each model has its own process,
-and rounds are interleaved, so that a slow spell of the machine falls on all. Ours have the layouts of diffusers' IF and
-of imagen-pytorch, with their numbers of parameters.
+and rounds are interleaved, so that a slow spell of the machine falls on all. Ours have the layouts of diffusers' IF
+and of imagen-pytorch, with their numbers of parameters.
 
     python -m benchmarks.sampling --earlier 1ec2329 --peers-python peers/bin/python \
         --out benchmarks/results/sampling.json

@@ -113,6 +113,7 @@ PEERS: dict[str, Callable[[int, int, int], Sampler]] = {
 def main() -> None:
     from unet_peers import prepare
 
+    sys.path.pop(0)  # this folder, whose requests.py is not the package of that name
     prepare()
     import torch
 

@@ -113,8 +113,8 @@ class PackedLinear(_Packed):
 def optimize_for_cpu(model: nn.Module, *, winograd_bytes: int = 128 * 2**20) -> None:
     """Replaces layers of a model by ones that infer faster in float32 on a CPU; results agree to about 1e-5.
 
-    The model then cannot be trained, moved, cast or saved, and sees no later change of a weight. Layers that are not on
-    the CPU in float32, or compute something else with their weights (adapters), stay; without oneDNN all do.
+    The model then cannot be trained, moved, cast or saved, and sees no later change of a weight. Layers that are not
+    on the CPU in float32, or compute something else with their weights (adapters), stay; without oneDNN all do.
 
     Args:
         winograd_bytes: memory for the larger weights of Winograd's convolution; 0 is without it.

@@ -46,7 +46,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (b, out, h, w), channels-last.
     """
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     high, wide = -(-height // 4), -(-width // 4)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * wide + 1 - width, 1, 4 * high + 1 - height))
     result = x.new_empty(batch, high, 4, wide, 4, bias.numel() // 36)

@@ -29,7 +29,7 @@ def hybrid(**changes: Any) -> HybridUNetConfig:
     return HybridUNetConfig.model_validate(options | changes)
 
 
-@pytest.mark.parametrize("height, width", [(4, 4), (16, 16), (5, 7), (1, 13), (40, 64), (66, 30)])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (16, 16), (5, 7), (1, 13), (40, 64), (66, 30)])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_winograds_convolution_equals_the_plain_one(height: int, width: int, batch: int) -> None:
@@ -97,7 +97,7 @@ def test_batches_of_other_shapes_are_as_right_as_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer, shape, room, uses",
+    ("layer", "shape", "room", "uses"),
     [
         (nn.Conv2d(128, 128, 3, padding=1), (2, 128, 32, 32), 2**22, True),
         (nn.Conv2d(128, 128, 3, padding=1), (2, 128, 32, 32), 2**20, False),  # no room for its weights
@@ -150,5 +150,5 @@ def test_it_cannot_be_saved_cast_or_moved() -> None:
         model.state_dict()
     with pytest.raises(RuntimeError, match=r"stays in float32 on the CPU \(asked for torch.bfloat16 on cpu\)"):
         model.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="asked for torch.float32 on meta"):
+    with pytest.raises(RuntimeError, match=r"asked for torch\.float32 on meta"):
         model.to("meta")
