@@ -72,6 +72,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
 	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json
 	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json
+	$(BIN)/python -m benchmarks.sampling --earlier 1ec2329 $(if $(PEERS),--peers-python $(PEERS)) --out benchmarks/results/sampling.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made

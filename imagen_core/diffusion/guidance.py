@@ -148,7 +148,9 @@ def guided(
     if guidance.autoguidance != 1 and guide is None:
         raise ValueError(f"guidance.autoguidance is {guidance.autoguidance:g}, but there is no guide; give one")
     length = denoiser.config.length if isinstance(denoiser.config, PriorConfig) else None
-    within, outside = _terms(conditioning, guidance), _terms(conditioning, Guidance())
+    within, outside = (
+        _evaluations(_terms(conditioning, each), together=not guidance.two_passes) for each in (guidance, Guidance())
+    )
     self_conditioning, previous = denoiser.config.network.self_conditioning, _PreviousEstimate()
     remembers = self_conditioning or (guide is not None and guide.config.network.self_conditioning)
 
@@ -160,21 +162,18 @@ def guided(
         return threshold(estimate, length)
 
     def unclipped(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        terms = within if (applies := guidance.applies(sigma)) else outside
-        if self_conditioning and previous.estimate is not None:
-            terms = [(weight, replace(condition, estimate=previous.estimate)) for weight, condition in terms]
-        level = sigma.to(x).expand(len(x))
-        if guidance.two_passes or len(terms) == 1:
-            outputs = [output(x, level, condition) for _, condition in terms]
-            estimates, channels = [estimate for estimate, _ in outputs], outputs[0][1]
-        else:
-            count = len(terms)
-            joined = cat([condition for _, condition in terms])
-            estimate, channels = output(x.repeat(count, *[1] * (x.ndim - 1)), level.repeat(count), joined)
-            estimates = list(estimate.chunk(count))
-            channels = None if channels is None else channels[: len(x)]
+        weights, conditions = within if (applies := guidance.applies(sigma)) else outside
+        count = len(weights) // len(conditions)  # batches like x in one evaluation
+        level, repeats = sigma.to(x).expand(len(x)), (count, *[1] * (x.ndim - 1))
+        outputs: list[tuple[Tensor, Tensor | None]] = []
+        for condition in conditions:
+            if self_conditioning and previous.estimate is not None:
+                condition = replace(condition, estimate=previous.estimate.repeat(repeats))
+            outputs.append(output(x.repeat(repeats) if count > 1 else x, level.repeat(count), condition))
+        estimates = [part for estimate, _ in outputs for part in estimate.chunk(count)]
+        channels = None if outputs[0][1] is None else outputs[0][1][: len(x)]
         total = torch.zeros_like(x)
-        for (weight, _), estimate in zip(terms, estimates, strict=True):
+        for weight, estimate in zip(weights, estimates, strict=True):
             total = total + weight * estimate
         if guide is not None and applies and guidance.autoguidance != 1:
             total = total + (1 - guidance.autoguidance) * _of_guide(guide, x, level, conditioning, previous)
@@ -191,6 +190,14 @@ def _of_guide(
     if guide.config.network.self_conditioning:
         conditioning = replace(conditioning, estimate=previous.estimate)
     return guide(x, level, conditioning)
+
+
+def _evaluations(terms: list[tuple[float, Conditioning]], *, together: bool) -> tuple[list[float], list[Conditioning]]:
+    """The weights, and the conditions of each evaluation of the network: of all terms together, or of one each."""
+    conditions = [condition for _, condition in terms]
+    if together and len(conditions) > 1:
+        conditions = [cat(conditions)]
+    return [weight for weight, _ in terms], [condition.remembering() for condition in conditions]
 
 
 def _terms(conditioning: Conditioning, guidance: Guidance) -> list[tuple[float, Conditioning]]:

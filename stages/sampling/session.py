@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imagen_core.cascade import Cascade, OnStep
 from imagen_core.diffusion.shapes import low_res_shape
+from imagen_core.models.layers.inference import optimize_for_cpu
 from imagen_core.samplers import Inpaint
 from imagen_core.store import Store
 from imagen_core.text_batch import each_encoder
@@ -143,6 +144,9 @@ def load_session(
     loaded = load_cascade(stages, last_px)
     on = choose_device(device)
     autocast = autocast_dtype(precision)
+    if on.type == "cpu" and autocast is None:
+        for stage in loaded.cascade.stages:
+            optimize_for_cpu(stage.denoiser)
     use_gpu, vector = on.type == "cuda", loaded.text_embed_encoder
     embeddings = PromptTokens(loaded.cascade.encoder, store, model=encoder_model, use_gpu=use_gpu)
     model, option = text_embed_model, "text_embed_model"

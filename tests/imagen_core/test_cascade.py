@@ -11,6 +11,7 @@ from imagen_core.cascade import Cascade, CascadeStage, SamplingConfig
 from imagen_core.diffusion import Denoiser, DenoiserConfig, DiffusionConfig
 from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.base import Conditioning
+from imagen_core.models.layers.inference import optimize_for_cpu
 from imagen_core.samplers import Inpaint
 from imagen_core.text_batch import pad_text
 from tests.imagen_core.models.small import random_weights
@@ -408,3 +409,19 @@ def test_an_encoded_image_comes_back_without_its_prompt_whatever_the_seed() -> N
     assert errors(40, 0.0, seed=2) == back
     assert changed > 10 * back
     assert changed > errors(40, 2.0, strength=0.4) > errors(40, 2.0, strength=0.0) == 0
+
+
+def test_networks_prepared_for_the_cpu_generate_the_same_images() -> None:
+    stages = [stage(8), stage(16, 8)]
+    inputs = {"dtype": torch.float32, "shape": (8, 12)}
+    plain = generate(Cascade(stages, ENCODER), [0, 1, 2], **inputs)
+    for one in stages:
+        optimize_for_cpu(one.denoiser)
+    prepared = Cascade(stages, ENCODER)
+    first, again = (generate(prepared, [0, 1, 2], **inputs) for _ in range(2))
+    alone = generate(prepared, [1], **inputs)
+    for size, images in plain.items():
+        assert torch.equal(first[size], again[size])
+        assert (first[size] - images).abs().max() < 1e-4
+        assert (alone[size] - images[1:2]).abs().max() < 1e-4
+    assert plain[16].shape == (3, 3, 16, 24)

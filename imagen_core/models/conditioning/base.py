@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+T = TypeVar("T")
 Condition = Literal["text", "transcription", "labels", "image_embed", "low_res"]
 """A condition that guidance can drop."""
 
@@ -60,6 +61,7 @@ class Conditioning:
         image_embed_keep: bool (b,).
         images: float (b, k, h, w), additional conditioning images of the size of x.
         estimate: float (b, c, h, w), an earlier estimate of the clean image (self-conditioning).
+        memory: what modules made of the conditions, by module; None keeps nothing. See `remembering`.
     """
 
     text: Tokens | None = None
@@ -78,6 +80,22 @@ class Conditioning:
     image_embed_keep: Tensor | None = None
     images: Tensor | None = None
     estimate: Tensor | None = None
+    memory: dict[nn.Module, Any] | None = None
+
+    def remembering(self) -> "Conditioning":
+        """A copy for all steps of one sampling: networks compute once what does not depend on the noise level.
+
+        Only `estimate` may be replaced in it, and the weights may not change while it is used.
+        """
+        return replace(self, memory={})
+
+    def remembered(self, module: nn.Module, compute: Callable[[], T]) -> T:
+        """What `compute` returns; in a copy made by `remembering`, and without gradients, from the first call on."""
+        if self.memory is None or torch.is_grad_enabled():
+            return compute()
+        if module not in self.memory:
+            self.memory[module] = compute()
+        return self.memory[module]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Applies a function to every tensor."""
@@ -153,13 +171,17 @@ class Conditioning:
         return self.without("text")
 
     def _items(self) -> list[tuple[str, Tokens | None]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, getattr(self, name)) for name in _names()]
 
     def _keep_all(self) -> Tensor:
         """bool (b,), all true."""
         found = next(t for _, t in self._items() if t is not None)
         some = found[0] if isinstance(found, tuple) else found
         return torch.ones(len(some), dtype=torch.bool, device=some.device)
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(Conditioning) if field.name != "memory"]
 
 
 def _each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
@@ -193,15 +215,15 @@ def cat(parts: Sequence[Conditioning]) -> Conditioning:
         ValueError: a condition that some parts have and others lack.
     """
     joined: dict[str, Any] = {}
-    for field in fields(Conditioning):
-        values = [getattr(part, field.name) for part in parts]
+    for name in _names():
+        values = [getattr(part, name) for part in parts]
         present = [value for value in values if value is not None]
-        if present and len(present) != len(values) and field.name.endswith("_keep"):
+        if present and len(present) != len(values) and name.endswith("_keep"):
             values = [part._keep_all() if value is None else value for part, value in zip(parts, values, strict=True)]
         elif present and len(present) != len(values):
-            raise ValueError(f"conditioning.{field.name}: some parts have it and some do not")
+            raise ValueError(f"conditioning.{name}: some parts have it and some do not")
         if present and isinstance(present[0], tuple):
-            joined[field.name] = tuple(map(torch.cat, zip(*values, strict=True)))
+            joined[name] = tuple(map(torch.cat, zip(*values, strict=True)))
         else:
-            joined[field.name] = torch.cat(values) if present else None
+            joined[name] = torch.cat(values) if present else None
     return Conditioning(**joined)

@@ -79,29 +79,43 @@ class HybridInputs(nn.Module):
         Raises:
             ValueError: a condition that the model reads is missing.
         """
-        if self.text_layers is not None:
-            conditioning = self.text_layers(conditioning)
+        vectors, known, caption = conditioning.remembered(self, lambda: self._of_conditions(conditioning))
         vector, tokens = self.level(c_noise)
-        if self.low_res_level is not None:
-            more, level_tokens = self.low_res_level(low_res_noise(conditioning))
-            vector, tokens = vector + more, torch.cat([tokens, level_tokens], dim=1)
-        if self.labels is not None:
-            vector = vector + self.labels(conditioning)
-        if self.text_embed is not None:
-            vector = vector + self.text_embed(conditioning)
-        if self.image_embed is not None:
-            image_tokens, more = self.image_embed(conditioning)
-            assert image_tokens is not None
-            vector, tokens = vector + more, torch.cat([tokens, image_tokens], dim=1)
-        all_tokens = tokens
-        if self.text is not None:
-            caption_tokens, more = self.text(conditioning)
-            vector, all_tokens = vector + more, torch.cat([tokens, caption_tokens], dim=1)
+        for more in vectors:
+            vector = vector + more
+        all_tokens = tokens = torch.cat([tokens, *known], dim=1) if known else tokens
+        if caption is not None:
+            all_tokens = torch.cat([tokens, caption], dim=1)
         time = F.silu(vector)
         if self.norm_middle is None:
             context = Context(time, self.norm(all_tokens), None)
             return context, context
         return Context(time, self.norm(tokens), None), Context(time, self.norm_middle(all_tokens), None)
+
+    def _of_conditions(self, conditioning: Conditioning) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """What does not depend on the noise level: vectors to add, tokens to follow its own, the caption's."""
+        if self.text_layers is not None:
+            conditioning = self.text_layers(conditioning)
+        vectors: list[Tensor] = []
+        tokens: list[Tensor] = []
+        caption = None
+        if self.low_res_level is not None:
+            vector, level_tokens = self.low_res_level(low_res_noise(conditioning))
+            vectors.append(vector)
+            tokens.append(level_tokens)
+        if self.labels is not None:
+            vectors.append(self.labels(conditioning))
+        if self.text_embed is not None:
+            vectors.append(self.text_embed(conditioning))
+        if self.image_embed is not None:
+            image_tokens, vector = self.image_embed(conditioning)
+            assert image_tokens is not None
+            vectors.append(vector)
+            tokens.append(image_tokens)
+        if self.text is not None:
+            caption, vector = self.text(conditioning)
+            vectors.append(vector)
+        return vectors, tokens, caption
 
 
 class EmptyCaption(nn.Module):

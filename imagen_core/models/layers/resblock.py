@@ -120,10 +120,13 @@ class StandardizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(b, in_channels, h, w) -> (b, out_channels, h', w')."""
+        return F.conv2d(input, self.standardized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def standardized(self) -> Tensor:
+        """The kernels that it convolves with, (out_channels, in_channels, kh, kw)."""
         flat = self.weight.flatten(1)
         variance, mean = torch.var_mean(flat, dim=1, correction=0, keepdim=True)
-        weight = ((flat - mean) * (variance + 1e-5).rsqrt()).view_as(self.weight)
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return ((flat - mean) * (variance + 1e-5).rsqrt()).view_as(self.weight)
 
 
 class PixelRMSNorm(nn.Module):

@@ -64,30 +64,38 @@ class Inputs(nn.Module):
         Raises:
             ValueError: a condition that the model reads is missing.
         """
-        if self.text_layers is not None:
-            conditioning = self.text_layers(conditioning)
+        vectors, tokens, mask = conditioning.remembered(self, lambda: self._of_conditions(conditioning))
         time = self.time(c_noise)
-        if self.low_res_time is not None:
-            time = time + self.low_res_time(low_res_noise(conditioning))
-        if self.labels is not None:
-            time = time + self.labels(conditioning)
-        if self.text_embed is not None:
-            time = time + self.text_embed(conditioning)
-        tokens = mask = None
-        if self.text is not None:
-            tokens, mask, vector = self.text(conditioning)
+        for vector in vectors:
             time = time + vector
-        if self.image_embed is not None:
-            more, vector = self.image_embed(conditioning)
-            time = time + vector
-            if more is not None and tokens is not None and mask is not None:
-                tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
-            elif more is not None:
-                tokens = more
         for _ in range(self.activations):
             time = activate(time, self.activation)
         characters = (None, None) if self.transcription is None else self.transcription(conditioning, time)
         return Context(time, tokens, mask, *characters)
+
+    def _of_conditions(self, conditioning: Conditioning) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """What does not depend on the noise level: vectors (b, time_dim) to add to its own, tokens and their mask."""
+        if self.text_layers is not None:
+            conditioning = self.text_layers(conditioning)
+        vectors: list[Tensor] = []
+        if self.low_res_time is not None:
+            vectors.append(self.low_res_time(low_res_noise(conditioning)))
+        if self.labels is not None:
+            vectors.append(self.labels(conditioning))
+        if self.text_embed is not None:
+            vectors.append(self.text_embed(conditioning))
+        tokens = mask = None
+        if self.text is not None:
+            tokens, mask, vector = self.text(conditioning)
+            vectors.append(vector)
+        if self.image_embed is not None:
+            more, vector = self.image_embed(conditioning)
+            vectors.append(vector)
+            if more is not None and tokens is not None and mask is not None:
+                tokens, mask = torch.cat([tokens, more], dim=1), F.pad(mask, (0, more.shape[1]), value=True)
+            elif more is not None:
+                tokens = more
+        return vectors, tokens, mask
 
 
 def low_res_noise(conditioning: Conditioning) -> Tensor:

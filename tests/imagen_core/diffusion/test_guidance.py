@@ -183,3 +183,22 @@ def test_each_image_of_a_batch_has_its_own_percentile():
 def test_a_batch_of_large_images_is_thresholded():
     large = torch.full((6, 3, 1024, 1024), 2.0)  # more numbers than torch.quantile takes in one row
     assert float(Threshold()(large).max()) == 1.0
+
+
+@torch.no_grad()
+def test_what_depends_on_conditions_alone_is_computed_once_for_all_steps():
+    denoiser = with_random_weights(small_denoiser(), seed=0)
+    sizes = []
+    denoiser.net.inputs.text.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0].text)))
+    conditioning = text()
+    guide = guided(denoiser, conditioning, Guidance(text=3.0), NONE)
+    levels = [SIGMA, SIGMA / 2, SIGMA / 4]
+    found = [guide(image(seed=step), level) for step, level in enumerate(levels)]
+    assert sizes == [4]
+    for step, level in enumerate(levels):
+        single = guided(denoiser, conditioning, Guidance(text=3.0), NONE)(image(seed=step), level)
+        assert torch.equal(found[step], single)
+    with torch.enable_grad():
+        guide(image(), SIGMA)
+    assert sizes[-2:] == [4, 4]  # with gradients it is computed again
+    assert conditioning.memory is None
