@@ -152,6 +152,7 @@ def guided(
         _evaluations(_terms(conditioning, each), together=not guidance.two_passes) for each in (guidance, Guidance())
     )
     self_conditioning, previous = denoiser.config.network.self_conditioning, _PreviousEstimate()
+    for_guide = conditioning.remembering()
     remembers = self_conditioning or (guide is not None and guide.config.network.self_conditioning)
 
     def output(x: Tensor, level: Tensor, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +177,7 @@ def guided(
         for weight, estimate in zip(weights, estimates, strict=True):
             total = total + weight * estimate
         if guide is not None and applies and guidance.autoguidance != 1:
-            total = total + (1 - guidance.autoguidance) * _of_guide(guide, x, level, conditioning, previous)
+            total = total + (1 - guidance.autoguidance) * _of_guide(guide, x, level, for_guide, previous)
         if remembers:
             previous.estimate = clip(total)
         return total, channels

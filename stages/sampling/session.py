@@ -146,7 +146,9 @@ def load_session(
     autocast = autocast_dtype(precision)
     if on.type == "cpu" and autocast is None:
         for stage in loaded.cascade.stages:
-            optimize_for_cpu(stage.denoiser)
+            for model in (stage.denoiser, stage.guide):
+                if model is not None:
+                    optimize_for_cpu(model)
     use_gpu, vector = on.type == "cuda", loaded.text_embed_encoder
     embeddings = PromptTokens(loaded.cascade.encoder, store, model=encoder_model, use_gpu=use_gpu)
     model, option = text_embed_model, "text_embed_model"
