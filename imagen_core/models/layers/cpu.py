@@ -60,9 +60,9 @@ def use_onednn(model: nn.Module) -> None:
         return
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = partial(_linear, module)
+            module.forward = partial(_linear, module)  # pyright: ignore[reportAttributeAccessIssue]
         elif type(module) is nn.Conv2d and _is_pointwise(module):
-            module.forward = partial(_pointwise, module)
+            module.forward = partial(_pointwise, module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _mkl_lacks_avx512() -> bool:

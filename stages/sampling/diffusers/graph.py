@@ -44,7 +44,7 @@ class _Inputs(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, x: Tensor, sigma: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    def forward(self, x: Tensor, sigma: Tensor, given: dict[str, Any]) -> list[Tensor]:
         estimate, channels = self.denoiser.with_variance(x, sigma, Conditioning(**given))
         return [estimate] if channels is None else [estimate, channels]
 
