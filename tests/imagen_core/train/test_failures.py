@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from imagen_core.train import NonFiniteLossError, TrainConfig, step, train, trainer
+from imagen_core.train.adamw import DenseAdamW
 from imagen_core.train.checkpoints.state import TrainState
 from tests.imagen_core.train.small import changed, files, make_config, make_store
 
@@ -67,7 +68,7 @@ def test_an_error_in_the_backward_pass_leaves_the_step_before_it(
 def test_an_error_within_an_update_leaves_no_checkpoint(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at(monkeypatch, torch.optim.AdamW, "step", 2, RuntimeError("half updated"))
+    fail_at(monkeypatch, DenseAdamW, "step", 2, RuntimeError("half updated"))
     with pytest.raises(RuntimeError, match="half updated"):
         train(config, tmp_path / "run")
     assert saved(tmp_path / "run") == []
