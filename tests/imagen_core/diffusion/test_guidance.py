@@ -187,7 +187,7 @@ def test_a_batch_of_large_images_is_thresholded():
 
 @torch.no_grad()
 def test_what_depends_on_conditions_alone_is_computed_once_for_all_steps():
-    denoiser = with_random_weights(small_denoiser(), seed=0)
+    denoiser = with_random_weights(small_denoiser(), seed=0).double()
     sizes = []
     denoiser.net.inputs.text.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0].text)))
     conditioning = text()
