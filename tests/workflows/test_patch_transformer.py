@@ -15,6 +15,7 @@ from tests.test_docs import commands
 from tests.trained import COMMON, train
 from workflows.train import TrainWorkflowConfig
 
+pytestmark = pytest.mark.timeout(1200)
 PAGE = REPOSITORY / "docs/how-to/patch-transformer.md"
 UNET = {
     "family": "transformer",
