@@ -146,7 +146,8 @@ class ParameterGroup(Config):
     weight_decay: float | None = Field(default=None, ge=0)
     """Weight decay of matrices and kernels; null: the optimizer's."""
     optimizer: Literal["adamw", "muon"] | None = default_field(None)
-    """With kind=muon: muon for all matrices of the group, or adamw for all of it; null: as the rule of kind says."""
+    """With kind=muon: muon for all matrices and kernels of the group, or adamw for all of it; null: as the rule of
+    kind says."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParameterGroup":
@@ -166,14 +167,17 @@ class MuonConfig(Config):
     """Multiplies the learning rate of an (m, n) matrix: match_rms_adamw, by 0.2 sqrt(max(m, n)), so that updates are
     as large as AdamW's, and its learning rate and decay serve both (Liu et al. 2025, arXiv 2502.16982); original, by
     sqrt(max(1, m / n))."""
+    kernels: bool = False
+    """Muon for the kernels of convolutions in blocks too, each as a matrix of outputs x (inputs and pixels); most
+    weights of a UNet are in these."""
 
 
 class OptimizerConfig(Config):
     """AdamW (Loshchilov and Hutter 2019), or Muon and AdamW, and the learning rate over time."""
 
     kind: Literal["adamw", "muon"] = default_field("adamw")
-    """muon: Muon for the matrices of linear layers in the network's blocks, AdamW for the rest: convolutions, norms,
-    biases, embeddings, and all before the first and behind the last block."""
+    """muon: Muon for the matrices of linear layers in the network's blocks, AdamW for the rest: convolutions (but see
+    muon.kernels), norms, biases, embeddings, and all before the first and behind the last block."""
     muon: MuonConfig = default_field(MuonConfig())
     """kind=muon: Muon's settings."""
     lr: float = Field(default=1e-4, gt=0)

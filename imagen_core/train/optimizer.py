@@ -48,7 +48,8 @@ def _assigned(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str,
     """The groups of parameters of AdamW, and of Muon."""
     named = [(name, p) for name, p in saved_parameters(model).items() if p.requires_grad]
     left: dict[str, nn.Parameter] = dict(named)
-    hidden = {id(p) for p in hidden_matrices(model, BLOCKS)} if config.kind == "muon" else set[int]()
+    layers = (nn.Linear, nn.Conv2d) if config.muon.kernels else (nn.Linear,)
+    hidden = {id(p) for p in hidden_matrices(model, BLOCKS, layers)} if config.kind == "muon" else set[int]()
     for_adamw: list[dict[str, Any]] = []
     for_muon: list[dict[str, Any]] = []
     for number, group in enumerate(config.groups):
@@ -83,7 +84,7 @@ def _assigned(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str,
 
 def _is_muons(name: str, parameter: nn.Parameter, chosen: str | None, hidden: set[int]) -> bool:
     if chosen == "muon":
-        return parameter.ndim == 2 and _is_decayed(name, parameter)
+        return parameter.ndim in (2, 4) and _is_decayed(name, parameter)
     return chosen is None and id(parameter) in hidden
 
 

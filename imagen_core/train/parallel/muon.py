@@ -14,12 +14,19 @@ MOMENTUM = "momentum_buffer"
 
 
 class GatheredMuon(torch.optim.Muon):
-    """torch's Muon, which orthogonalises whole matrices also where the parameters are sharded.
+    """torch's Muon, which orthogonalises whole matrices also where the parameters are sharded, and kernels of
+    convolutions as matrices of outputs x (pixels and inputs).
 
-    Each process gathers one matrix after the other, with its gradient and momentum, and does the same update as every
-    other process, as one process would: torch's own update of sharded matrices sums products of bfloat16 in another
-    order.
+    Each process gathers one sharded matrix after the other, with its gradient and momentum, and does the same update
+    as every other process, as one process would: torch's own update of sharded matrices sums products of bfloat16 in
+    another order.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        """As torch's, but that parameters of four axes are allowed."""
+        super().__init__([{**group, "params": []} for group in groups], **settings)
+        for ours, group in zip(self.param_groups, groups, strict=True):
+            ours["params"] = list(group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -29,25 +36,39 @@ class GatheredMuon(torch.optim.Muon):
         groups = self.param_groups
         try:
             for group in groups:
-                sharded = [p for p in group["params"] if isinstance(p, DTensor)]
-                whole = [p for p in group["params"] if not isinstance(p, DTensor)]
-                self.param_groups = [{**group, "params": whole}]
+                plain = [p for p in group["params"] if p.ndim == 2 and not isinstance(p, DTensor)]
+                self.param_groups = [{**group, "params": plain}]
                 super().step()
-                for parameter in sharded:
-                    if parameter.grad is not None:
-                        self._update_sharded(group, parameter, parameter.grad)
+                others = {id(p) for p in plain}
+                for parameter in group["params"]:
+                    if id(parameter) not in others and parameter.grad is not None:
+                        self._update_as_matrix(group, parameter, parameter.grad)
         finally:
             self.param_groups = groups
 
-    def _update_sharded(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        whole = nn.Parameter(unsharded(parameter.detach()), requires_grad=False)
-        whole.grad = unsharded(gradient)
+    def _update_as_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        shape = parameter.shape
+        matrix = nn.Parameter(_matrix(unsharded(parameter.detach())).clone(), requires_grad=False)
+        matrix.grad = _matrix(unsharded(gradient))
         if kept := self.state.get(parameter):
-            self.state[whole] = {MOMENTUM: unsharded(kept[MOMENTUM])}
-        self.param_groups = [{**group, "params": [whole]}]
+            self.state[matrix] = {MOMENTUM: _matrix(unsharded(kept[MOMENTUM]))}
+        self.param_groups = [{**group, "params": [matrix]}]
         super().step()
-        local(parameter).copy_(local(like(whole.detach(), parameter)))
-        self.state[parameter] = {MOMENTUM: like(self.state.pop(whole)[MOMENTUM], parameter)}
+        local(parameter).copy_(local(like(_kernel(matrix.detach(), shape), parameter)))
+        self.state[parameter] = {MOMENTUM: like(_kernel(self.state.pop(matrix)[MOMENTUM], shape), parameter)}
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(outputs, inputs, h, w) -> (outputs, h w inputs), which is no copy where kernels are channels-last."""
+    return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).flatten(1)
+
+
+def _kernel(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_matrix`."""
+    if len(shape) == 2:
+        return matrix
+    outputs, inputs, height, width = shape
+    return matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
 
 
 class MuonWithAdamW:
@@ -84,12 +105,14 @@ def moment_names(optimizer: AnyOptimizer, parameter: nn.Parameter) -> tuple[str,
     return (MOMENTUM,) if is_muons else ("exp_avg", "exp_avg_sq", "step")
 
 
-def hidden_matrices(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterator[Tensor]:
-    """The weights of linear layers within a network's repeated blocks."""
+def hidden_matrices(
+    model: nn.Module, blocks: tuple[type[nn.Module], ...], layers: tuple[type[nn.Module], ...]
+) -> Iterator[Tensor]:
+    """The weights of layers of these types within a network's repeated blocks."""
     seen: set[int] = set()
     for block in model.modules():
         if isinstance(block, blocks):
             for layer in block.modules():
-                if isinstance(layer, nn.Linear) and id(layer.weight) not in seen:
+                if isinstance(layer, layers) and id(layer.weight) not in seen:
                     seen.add(id(layer.weight))
                     yield layer.weight

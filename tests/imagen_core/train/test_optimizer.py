@@ -11,6 +11,7 @@ from torch import nn
 
 from imagen_core.models.layers.attention import Attention
 from imagen_core.train import OptimizerConfig, TrainError
+from imagen_core.train.adamw import DenseAdamW
 from imagen_core.train.optimizer import decay_start, learning_rate, make_optimizer
 from imagen_core.train.parallel.muon import AnyOptimizer
 
@@ -184,3 +185,20 @@ def test_channels_last_kernels_are_updated_as_any_and_without_copies(monkeypatch
         assert optimizers[1].state[q]["exp_avg"].stride() == q.stride()  # as checkpoints restore them
     assert contiguous
     assert all(contiguous)
+
+
+@pytest.mark.parametrize("weight_order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gradient_order", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_belongs_to_its_weight_in_whatever_order_both_lie_in_memory(
+    weight_order: torch.memory_format, gradient_order: torch.memory_format
+) -> None:
+    start, gradient = (torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = []
+    for kind, orders in ((DenseAdamW, (weight_order, gradient_order)), (torch.optim.AdamW, ())):
+        weight = nn.Parameter(start.clone(memory_format=orders[0]) if orders else start.clone())
+        optimizer = kind([weight], lr=0.1, fused=bool(orders))
+        for factor in (1.0, -0.5):
+            weight.grad = factor * (gradient.contiguous(memory_format=orders[1]) if orders else gradient)
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)

@@ -14,11 +14,12 @@ from imagen_core.models.layers.transformer import TransformerLayer
 from imagen_core.train import CheckpointMismatchError, OptimizerConfig, TrainConfig, TrainError, train
 from imagen_core.train.memory import estimate_memory
 from imagen_core.train.optimizer import make_optimizer, num_muon_parameters
-from imagen_core.train.parallel.muon import MuonWithAdamW
+from imagen_core.train.parallel.muon import GatheredMuon, MuonWithAdamW
 from tests.imagen_core.train.processes import job, launched, newest
 from tests.imagen_core.train.small import files, make_config, tensors
 
 MUON = {"lr": 1e-3, "warmup_steps": 3, "kind": "muon"}
+WITH_KERNELS = MUON | {"muon": {"kernels": True}}
 
 
 class Net(nn.Module):
@@ -58,6 +59,32 @@ def test_convolutions_of_a_unet_stay_with_adamw() -> None:
     assert found
     assert {shapes[name] for name in found} == {2}
     assert not any(name.startswith(("net.inputs", "net.out")) for name in found)
+
+
+def test_kernels_of_convolutions_in_blocks_are_muons_if_asked_for() -> None:
+    model = Denoiser(make_config(Path("store")).denoiser)
+    found = with_muon(model, make_optimizer(model, OptimizerConfig.model_validate(WITH_KERNELS)))
+    shapes = {name: p.ndim for name, p in model.named_parameters()}
+    assert {shapes[name] for name in found} == {2, 4}
+    assert not {"net.conv_in.weight", "net.conv_out.weight"} & found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_kernel_is_updated_as_the_matrix_of_its_outputs(memory_format: torch.memory_format) -> None:
+    conv, linear = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=memory_format), nn.Linear(36, 6, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))
+    optimizers = [
+        GatheredMuon([{"params": [layer.weight]}], lr=0.02, weight_decay=0.1, momentum=0.9) for layer in (conv, linear)
+    ]
+    for step in range(3):
+        gradient = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+        conv.weight.grad = gradient.to(memory_format=memory_format)
+        linear.weight.grad = gradient.permute(0, 2, 3, 1).flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(conv.weight.permute(0, 2, 3, 1).flatten(1), linear.weight)
+    assert optimizers[0].state[conv.weight]["momentum_buffer"].shape == conv.weight.shape
 
 
 def test_groups_decide_before_the_rule() -> None:
@@ -155,7 +182,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_by_name(store: Path, tmp_p
 @pytest.mark.slow
 def test_a_training_with_muon_resumes_exactly_and_reduces_the_loss(store: Path, tmp_path: Path) -> None:
     def config(num_steps: int) -> TrainConfig:
-        return make_config(store, num_steps=num_steps, precision="float32", batch_size=3, optimizer=MUON)
+        return make_config(store, num_steps=num_steps, precision="float32", batch_size=3, optimizer=WITH_KERNELS)
 
     straight = train(config(12), tmp_path / "a")
     train(config(5), tmp_path / "b")
@@ -167,7 +194,7 @@ def test_a_training_with_muon_resumes_exactly_and_reduces_the_loss(store: Path, 
     assert names == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
 
 
-SETTINGS: dict[str, Any] = {"num_steps": 3, "batch_size": 4, "optimizer": MUON}
+SETTINGS: dict[str, Any] = {"num_steps": 3, "batch_size": 4, "optimizer": WITH_KERNELS}
 
 
 @pytest.fixture(scope="module")
