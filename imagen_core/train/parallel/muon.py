@@ -114,5 +114,6 @@ def hidden_matrices(
         if isinstance(block, blocks):
             for layer in block.modules():
                 if isinstance(layer, layers) and id(layer.weight) not in seen:
+                    assert isinstance(layer.weight, Tensor)
                     seen.add(id(layer.weight))
                     yield layer.weight
