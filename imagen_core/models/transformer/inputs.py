@@ -76,10 +76,10 @@ class TokenInputs(nn.Module):
             ValueError: a condition that the model reads is missing.
         """
         tokens = mask = vector = None
-        if self.text is not None:
+        if self.text is not None and self.config.text_width is not None:
             if self.text_layers is not None:
                 conditioning = self.text_layers(conditioning)
-            text, mask = attended_text(conditioning, self.text.in_features, self.config.dropped_caption)
+            text, mask = attended_text(conditioning, self.config.text_width, self.config.dropped_caption)
             text = text.to(self.text.weight.dtype)
             tokens = self.text(text if self.text_norm is None else self.text_norm(text))
         if self.image_embed is not None:

@@ -69,7 +69,7 @@ class PatchTransformer(nn.Module):
         check_sides(x, config.patch_px)
         patches = F.pixel_unshuffle(concatenate_images(x, conditioning, config), config.patch_px)
         time, label = self.inputs.time_vector(c_noise, conditioning, (x.shape[-2], x.shape[-1]))
-        context_tokens, mask, vector = self.inputs.tokens(conditioning)
+        context_tokens, mask, vector = conditioning.remembered(self.inputs, lambda: self.inputs.tokens(conditioning))
         if vector is not None:
             time = time + vector
         tokens = self.patch_in(flatten_pixels(patches))

@@ -11,7 +11,7 @@ from imagen_core.models.hybrid.unet import HybridUNetConfig
 from imagen_core.models.layers.inference import PackedConv2d, PackedLinear, optimize_for_cpu
 from imagen_core.models.layers.resblock import StandardizedConv2d
 from imagen_core.models.layers.winograd import convolve, packed_kernel
-from tests.imagen_core.models.small import efficient, inputs, random_weights, regular
+from tests.imagen_core.models.small import efficient, inputs, random_weights, regular, transformer
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -64,6 +64,8 @@ MODELS: dict[str, Any] = {
     "hybrid, memory-efficient": hybrid(
         memory_efficient=True, init_residual=True, combine_up_features=True, attention_levels=(False, "linear")
     ),
+    "transformer": transformer(),
+    "transformer, cross": transformer(attention_type="cross", time="token", bottleneck_dim=None),
 }
 
 

@@ -248,10 +248,10 @@ def test_checkpoints_that_a_kill_left_are_removed_on_resume_also_after_the_last_
         validation={"num_samples": 4, "every_steps": 1},
     )
 
-    def killed_at_the_end(*arguments: Any) -> None:
+    def killed_at_the_end(*arguments: Any, **options: Any) -> None:
         if (folder / "step-00000004").exists():
             raise Killed
-        remove_old(*arguments)
+        remove_old(*arguments, **options)
 
     monkeypatch.setattr(
         trainer,
