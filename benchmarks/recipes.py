@@ -156,7 +156,7 @@ def scores(run: Path, weights: str, captions: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--store", required=True, help="the demo's store")
     parser.add_argument("--work", type=Path, required=True, help="folder for trainings and images")
     parser.add_argument("--out", type=Path, help="JSON report")

@@ -390,6 +390,6 @@ def test_a_trace_of_the_chosen_steps_is_written(store: Path, tmp_path: Path) -> 
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "steps-2-3-rank-0.json"
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 2
+    assert sum(event.get("name") == "Optimizer.step#DenseAdamW.step" for event in events) == 2
     with pytest.raises(ValueError, match=r"profile_steps: first and last step, from 1 \(got \[3, 2\]\)"):
         make_config(store, logging={"profile_steps": (3, 2)})
