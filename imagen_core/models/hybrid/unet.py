@@ -75,8 +75,9 @@ class HybridUNet(nn.Module):
         self.combiner = None
         if config.combine_up_features:
             self.combiner = FeatureCombiner(widths[:0:-1], config)
-        joined = 1 + config.init_residual + (last + 1) * config.combine_up_features
-        self.final = Block(self._res(joined * config.dim, config.dim, gate=config.final_global_context), None)
+        joined = config.dim if config.memory_efficient else widths[1]
+        joined += config.dim * (config.init_residual + (last + 1) * config.combine_up_features)
+        self.final = Block(self._res(joined, config.dim, gate=config.final_global_context), None)
         extra = config.in_channels if config.low_res and config.low_res_at_end else 0
         kernel = config.out_kernel_size
         self.conv_out = nn.Conv2d(config.dim + extra, config.out_channels, kernel, padding=kernel // 2)

@@ -18,6 +18,7 @@ from tests.imagen_core.models.small import TEXT_DIM, calls_of, captions, other_c
 VARIANTS: dict[str, dict[str, Any]] = {
     "paddle": {},
     "imagen_pytorch": {"norm": "rms", "qk_norm": True},
+    "first_level_wider_than_dim": {"dim_mults": (2, 3), "combine_up_features": True, "init_residual": True},
     "minimagen": {
         "perceiver": False,
         "attend_to_conditions": False,
