@@ -58,6 +58,7 @@ from imagen_core.store.manifest import Manifest, load_manifest, read_header, wri
 from imagen_core.store.mixture import Mixture
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
+from imagen_core.store.read.features import MIRRORED, feature_specs, stored_features
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     ArrayGroup,
@@ -117,6 +118,7 @@ __all__ = [
     "TOLERANCE",
     "ArrayDtype",
     "ArrayGroup",
+    "MIRRORED",
     "ArraySpec",
     "Blocklist",
     "CaptionsFile",
@@ -171,6 +173,8 @@ __all__ = [
     "View",
     "add_removal",
     "array_group",
+    "feature_specs",
+    "stored_features",
     "array_shard_bytes",
     "blank_key",
     "bucket_shapes",
