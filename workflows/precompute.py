@@ -243,9 +243,7 @@ class Precompute(ShardedWorkflow):
             return PrecomputedEmbeddingsStage(encoder, source, "images", store.format, store.dtype)
         if isinstance(encoder, PatchEncoderConfig):
             started = read_group_fingerprint(run, array_group(encoder.name))
-            return EncodePatchesStage(
-                encoder, self.config.images, store.format, store.min_cosine, started=started
-            )
+            return EncodePatchesStage(encoder, self.config.images, store.format, store.min_cosine, started=started)
         started = read_group_fingerprint(run, image_embed_group(encoder.name))
         return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype, started=started)
 

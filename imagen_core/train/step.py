@@ -81,9 +81,7 @@ def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Pa
     losses, steps = sums[: recorded.shape[1]], sums[recorded.shape[1] :]
     state.noise_levels.record([(int(step) - 1, value) for step, value in zip(steps, losses, strict=True) if step])
     state.whole = True
-    return StepResult(
-        mean_loss, norm, stopping > 0, alignment=cosine / batch.global_size if is_aligned else None
-    )
+    return StepResult(mean_loss, norm, stopping > 0, alignment=cosine / batch.global_size if is_aligned else None)
 
 
 def _backward(
@@ -92,8 +90,9 @@ def _backward(
     """Accumulates the gradients of a batch, times `scale`.
 
     Returns:
-        The sum of this process's losses, and of its cosines to the encoder's features, float64; and loss and step of the schedule + 1 of each sample of the global
-        batch, (2, samples), with zeros for the samples of other processes; (2, 0) where the noise levels do not learn.
+        The sums of this process's losses and of its cosines to the encoder's features, float64; and loss and step of
+        the schedule + 1 of each sample of the global batch, (2, samples), with zeros for the samples of other
+        processes; (2, 0) where the noise levels do not learn.
     """
     config, world, learns = context.config, context.world, state.noise_levels.learns
     total = torch.zeros((), dtype=torch.float64, device=world.device)

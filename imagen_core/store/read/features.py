@@ -1,8 +1,8 @@
 """Patch features of an image encoder in a store: arrays of each image, and of the image mirrored.
 
-    NAME                  float16 or int8 (rows, columns, dim), a vector of each patch, from the top left
-    NAME-scale            float32 (rows, columns), only with int8: value = q * scale
-    NAME-mirrored(-scale) the same of the image mirrored left to right; not in every store
+NAME                  float16 or int8 (rows, columns, dim), a vector of each patch, from the top left
+NAME-scale            float32 (rows, columns), only with int8: value = q * scale
+NAME-mirrored(-scale) the same of the image mirrored left to right; not in every store
 """
 
 import numpy as np

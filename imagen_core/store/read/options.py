@@ -32,8 +32,8 @@ class LoaderOptions:
         transcriptions: load the text written in the images.
         labels: load the images' classes.
         arrays: names of arrays to load that stages of other packages made; None loads none.
-        features: patch features to load of each image, as it is shown: of the mirrored one where `crop` flips it. Crops do
-            not change them.
+        features: patch features to load of each image, of the mirrored one where `crop` flips it; they are of whole
+            images, whatever is cropped. None loads none.
         columns: columns to load that were kept of the source; None loads none.
         where: condition of SQL on the columns of samples; only samples for which it is true are loaded, see
             `Store.where`. None loads all.

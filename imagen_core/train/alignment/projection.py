@@ -114,7 +114,9 @@ def aligned_block(net: nn.Module, block: int | str) -> tuple[str, nn.Module]:
         block = f"blocks.{block - 1}"
     if not isinstance(block, str) or block not in known:
         number = " or a number from 1" if isinstance(net, PatchTransformer) else ""
-        raise TrainError(f"alignment.block: {block!r} is no block of the network; name one of {', '.join(known)}{number}")
+        raise TrainError(
+            f"alignment.block: {block!r} is no block of the network; name one of {', '.join(known)}{number}"
+        )
     return block, known[block]
 
 

@@ -42,7 +42,8 @@ class Example:
         sigma: (b,).
         weight: (b,), factor of each loss.
         shown_estimate: bool (b,), rows whose network is shown its own estimate; None if it reads no estimate.
-        features: (b, rows, columns, dim), of an image encoder, which hidden states are aligned with; None: they are not.
+        features: (b, rows, columns, dim), what an image encoder makes of the images' patches; None in a step that is
+            not aligned with them.
     """
 
     x0: Tensor

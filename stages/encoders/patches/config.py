@@ -23,7 +23,7 @@ _LOOKS = dict.fromkeys(_DINO, _IMAGENET) | dict.fromkeys(_SIGLIP, ((0.5,) * 3, (
 
 
 class PatchEncoderConfig(ImageEncoderConfig):
-    """A vision transformer, whose states of the patches are stored as arrays: NAME, (rows, columns, dim) of each image."""
+    """A vision transformer, whose states of the patches are stored as arrays: (rows, columns, dim) of each image."""
 
     machine_fields = ImageEncoderConfig.machine_fields | {"mirrored"}
 

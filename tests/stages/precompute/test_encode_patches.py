@@ -58,7 +58,9 @@ def live(dino: Path, samples: list[Sample], *, mirrored: bool) -> list[np.ndarra
 def test_cached_features_are_those_of_the_live_model_of_the_image_and_of_the_mirrored_image(
     dino: Path, tmp_path: Path, dtype: str, least: float, aspect: str
 ) -> None:
-    precompute(tmp_path / "run", *SETTINGS, f"images={{sizes_px: [32], aspect: {aspect}}}", encoders(dino, dtype=dtype))
+    precompute(
+        tmp_path / "run", *SETTINGS, f"images={{sizes_px: [32], aspect: {aspect}}}", encoders(dino, dtype=dtype)
+    )
     samples = list(Store.open(tmp_path / "run/store"))
     assert len(samples) == 9  # one link is dead
     for mirrored, name in ((False, "dino"), (True, "dino-mirrored")):
@@ -83,7 +85,7 @@ def test_a_batch_has_the_features_of_its_samples_as_float16(dino: Path, tmp_path
             assert np.array_equal(found.numpy(), expected[key].astype(np.float16))
     with pytest.raises(ValueError, match="features are 'dino', but no images are loaded"):
         store.loader(batch_size=3, features="dino")
-    with pytest.raises(ValueError, match="array 'dino-scale' is float32 .*, and no patch features"):
+    with pytest.raises(ValueError, match=r"array 'dino-scale' is float32 .*, and no patch features"):
         store.loader(batch_size=3, images=[16], features="dino-scale")
 
 
@@ -147,7 +149,9 @@ def test_the_plan_knows_the_bytes_and_other_settings_are_refused(dino: Path, tmp
 
 
 def test_a_patch_that_int8_cannot_hold_excludes_its_sample(dino: Path, tmp_path: Path) -> None:
-    summary = precompute(tmp_path / "run", *SETTINGS, "store.min_cosine=0.99999", "max_drop_fraction=1", encoders(dino))
+    summary = precompute(
+        tmp_path / "run", *SETTINGS, "store.min_cosine=0.99999", "max_drop_fraction=1", encoders(dino)
+    )
     drops = summary["tally"]["groups"]["array-dino"]["drops"]
     assert set(drops) == {"quantisation_error"}
     assert 0 < drops["quantisation_error"] <= 9

@@ -123,5 +123,5 @@ def test_a_number_counts_the_blocks_of_a_transformer_from_one() -> None:
     net = transformer().build()
     assert aligned_block(net, 1) == ("blocks.0", net.blocks[0])
     assert aligned_block(net, "blocks.1")[1] is net.blocks[1]
-    with pytest.raises(TrainError, match="alignment.block: 'inputs' is no block"):
+    with pytest.raises(TrainError, match=r"alignment\.block: 'inputs' is no block"):
         aligned_block(net, "inputs")

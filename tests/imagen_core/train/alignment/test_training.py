@@ -80,7 +80,10 @@ def test_hidden_states_of_every_family_follow_the_features_and_resume_bit_for_bi
 ) -> None:
     unet, block = FAMILIES[family]
     settings = config(
-        store, denoiser={"unet": unet, "size_px": 16}, alignment={**ALIGNMENT, "block": block, "weight": 2.0}, batch_size=4
+        store,
+        denoiser={"unet": unet, "size_px": 16},
+        alignment={**ALIGNMENT, "block": block, "weight": 2.0},
+        batch_size=4,
     )
     whole = train(settings, tmp_path / "whole")
     train(settings.model_copy(update={"num_steps": 1}), tmp_path / "parts")
@@ -201,7 +204,10 @@ def test_a_compiled_network_is_aligned_alike(store: Path, tmp_path: Path) -> Non
     ("alignment", "message"),
     [
         ({"block": 3}, r"alignment\.block: 3 is none of the 2 blocks"),
-        ({"block": "middle.0"}, r"'middle\.0' is no block of the network; name one of blocks\.0, blocks\.1 or a number"),
+        (
+            {"block": "middle.0"},
+            r"'middle\.0' is no block of the network; name one of blocks\.0, blocks\.1 or a number",
+        ),
         ({"encoder": "clip"}, r"alignment\.encoder: array 'clip' is not in the store.*precompute"),
     ],
 )
@@ -213,7 +219,9 @@ def test_what_is_not_there_is_refused_by_name(
 
 
 def test_a_unet_names_its_blocks(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"block: 8 is no block of the network; name one of down\.0\.blocks\.0, .*middle\.0"):
+    with pytest.raises(
+        TrainError, match=r"block: 8 is no block of the network; name one of down\.0\.blocks\.0, .*middle\.0"
+    ):
         train(config(store, denoiser=BASE, alignment={**ALIGNMENT, "block": 8}), tmp_path)
 
 
