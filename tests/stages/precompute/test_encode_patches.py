@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_core.store import Sample, Store, verify_store
-from pipeline.errors import ConfigError
+from pipeline.errors import StaleOutputError
 from stages.encoders.patches.config import PatchEncoderConfig
 from stages.encoders.patches.encoder import load_patch_encoder
 from stages.precompute.encode_images import EncodePatchesStage
@@ -144,7 +144,7 @@ def test_the_plan_knows_the_bytes_and_other_settings_are_refused(dino: Path, tmp
         written = sum(path.stat().st_size for path in (tmp_path / f"run/store/array-{name}").iterdir())
         assert groups[f"array-{name}"] == pytest.approx(written, rel=0.25), name
     assert groups["array-dino-scale"] == groups["array-dino-mirrored-scale"] > 10 * 4 * 16
-    with pytest.raises(ConfigError, match="input_px"):
+    with pytest.raises(StaleOutputError, match="input_px: 32 -> 40"):
         precompute(tmp_path / "run", *SETTINGS, encoders(dino, input_px=40))
 
 
