@@ -34,7 +34,7 @@ def feature_specs(
 
 def stored_features(name: str, stored: StoredEmbedding, grid: tuple[int, int]) -> dict[str, np.ndarray]:
     """Arrays of an image's features, (rows * columns, dim) as `cast_embedding` stores them."""
-    arrays = {name: stored.values.reshape(*grid, -1)}
+    arrays: dict[str, np.ndarray] = {name: stored.values.reshape(*grid, -1)}
     if stored.scales is not None:
         arrays[f"{name}{_SCALE}"] = stored.scales.reshape(grid)
     return arrays
