@@ -46,6 +46,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.overhead --out benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.loader_wait --out benchmarks/results/loader_wait.json
 	$(BIN)/python -m benchmarks.online --out benchmarks/results/online.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher --out benchmarks/results/teacher.json
 	$(BIN)/python -m benchmarks.download --out benchmarks/results/download.json
 	$(BIN)/python -m benchmarks.plan --out benchmarks/results/plan.json
 	$(BIN)/python -m benchmarks.simulate --out benchmarks/results/simulate.json

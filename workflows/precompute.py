@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.store import REMOVED, image_embed_group, text_group
+from imagen_core.store import REMOVED, array_group, image_embed_group, text_group
 from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
@@ -24,6 +24,7 @@ from stages.duplicates.excluded import ExcludedSets
 from stages.duplicates.find import duplicates_line
 from stages.encoders.base import EncoderConfig, FrozenModelConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
+from stages.encoders.patches.config import PatchEncoderConfig
 from stages.encoders.registry import AnyImageEmbedding, AnyTextEmbedding
 from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
@@ -33,7 +34,7 @@ from stages.filters.size import blank_row, size_rejections
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line, may_be_samples
 from stages.precompute.crops import crops_line, crops_of, measured
-from stages.precompute.encode_images import EncodeImagesStage
+from stages.precompute.encode_images import EncodeImagesStage, EncodePatchesStage
 from stages.precompute.encode_text import EncodeStage
 from stages.precompute.fetch import ORIGINALS, SAMPLES, FetchStage
 from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
@@ -83,7 +84,8 @@ class PrecomputeConfig(WorkflowConfig):
     encoders: tuple[AnyTextEmbedding, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
     image_encoders: tuple[AnyImageEmbedding, ...] = ()
-    """Image encoders; each encodes the images of a stored size, and makes its own group."""
+    """Image encoders; each encodes the images of a stored size, and makes its own group, or with kind=auto arrays of
+    patch features."""
     stages: tuple[AnyArrayStage, ...] = ()
     """Stages of other packages that add arrays to the store (scores, masks, latents), in this order; each can be added
     later."""
@@ -239,6 +241,9 @@ class Precompute(ShardedWorkflow):
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "images", store.format, store.dtype)
+        if isinstance(encoder, PatchEncoderConfig):
+            started = read_group_fingerprint(run, array_group(encoder.name))
+            return EncodePatchesStage(encoder, self.config.images, store.format, store.min_cosine, started=started)
         started = read_group_fingerprint(run, image_embed_group(encoder.name))
         return EncodeImagesStage(encoder, self.config.images, store.format, store.dtype, started=started)
 

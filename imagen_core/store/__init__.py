@@ -58,6 +58,7 @@ from imagen_core.store.manifest import Manifest, load_manifest, read_header, wri
 from imagen_core.store.mixture import Mixture
 from imagen_core.store.probe import TOLERANCE, parse_probe, probe_differences, probe_entry, record_probe_differences
 from imagen_core.store.read.crop import Crop, CropBox, Frame, FullImage, Layout, StoredShape, View
+from imagen_core.store.read.features import MIRRORED, feature_specs, stored_features
 from imagen_core.store.read.generations import LOOK_EVERY_S
 from imagen_core.store.records import (
     ArrayGroup,
@@ -107,6 +108,7 @@ __all__ = [
     "LATER_FIELDS",
     "LOOK_EVERY_S",
     "MANIFEST_NAME",
+    "MIRRORED",
     "ORIGINAL_CAPTIONS",
     "OWN_COLUMNS",
     "PROBE",
@@ -187,6 +189,7 @@ __all__ = [
     "distinct_captions",
     "dump_null",
     "embedding_shard_bytes",
+    "feature_specs",
     "file_suffix",
     "find_blocked",
     "find_rows",
@@ -220,6 +223,7 @@ __all__ = [
     "revision_of",
     "rewrite_manifest",
     "shard_path",
+    "stored_features",
     "text_group",
     "token_errors",
     "value_digest",

@@ -12,6 +12,7 @@ from imagen_core.diffusion.schedules import Discrete
 from imagen_core.models.conditioning.transcription import TranscriptionConfig
 from imagen_core.models.prior import PriorNetworkConfig
 from imagen_core.store.read.options import layers_by_encoder
+from imagen_core.train.alignment.config import AlignmentConfig
 from imagen_core.train.components import (
     CheckpointsConfig,
     ComputeConfig,
@@ -93,6 +94,8 @@ class TrainConfig(Config):
     """Start with the weights of another training; null: with random weights."""
     lora: LoraConfig | None = default_field(None)
     """Train an adapter of the model in `init_from`, whose weights stay as they are; null: train all weights."""
+    alignment: AlignmentConfig | None = default_field(None)
+    """Align hidden states of the network with patch features of the store; null: do not."""
     self_conditioning_fraction: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the samples whose network is shown its own first estimate, if it has self_conditioning."""
     data: DataConfig = DataConfig()
@@ -257,6 +260,8 @@ class TrainConfig(Config):
                 f"validation.similarity_num_steps: {steps} of a schedule of {schedule.num_steps} steps; take fewer"
             )
         views = self.views
+        if self.alignment is not None:
+            raise ValueError("alignment: a prior has no patches of images; leave it out")
         if self.condition_images:
             raise ValueError("condition_images: a prior reads no images; leave it out")
         for field, value in (
@@ -288,6 +293,9 @@ class TrainConfig(Config):
         for field in ("crop_px", "resized_crop", "horizontal_flip") if self.condition_images else ():
             if getattr(views, field):
                 raise ValueError(f"views.{field}: would not change the condition_images with the image; leave it off")
+        for field in ("crop_px", "resized_crop") if self.alignment is not None else ():
+            if getattr(views, field) is not None:
+                raise ValueError(f"views.{field}: alignment reads features of whole images; null one of them")
         if views.crop_px is not None:
             self._check_crop(denoiser, views.crop_px)
         if views.resized_crop is not None and views.resized_crop.from_px < denoiser.size_px:

@@ -61,7 +61,7 @@ def validation_loss(context: TrainingContext, name: str) -> float:
         counters = range(first, first + len(raw["keys"]))
         batch = Batch(raw, counters, size, -(-size // world.size), state)
         example = make_example(batch, fixed, context.denoiser, world.device, step=0, null_text=context.null_text)
-        losses = context.loss(example)
+        losses = context.loss(example).diffusion
         total += losses[: len(batch.keys)].sum().double()
         done += size
     agree(world, errors)

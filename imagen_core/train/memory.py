@@ -96,7 +96,7 @@ def _count(
             add_new_adapter(denoiser, lora)
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         of_one = config.shape if shape is None else (config.shape[0], *shape)
-        x, conditioning = torch.randn(1, *of_one), _any_conditioning(config, of_one, num_tokens)
+        x, conditioning = torch.randn(1, *of_one), any_conditioning(config, of_one, num_tokens)
         with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             alive = net(x, torch.zeros(1), conditioning)
         total = sum(count for storage, count in kept.items() if storage not in weights)
@@ -106,7 +106,7 @@ def _count(
         return sum(p.numel() for p in net.parameters()), trained, muon, total
 
 
-def _any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
+def any_conditioning(config: DenoiserConfig | PriorConfig, shape: tuple[int, ...], num_tokens: int) -> Conditioning:
     """One row of everything the network reads."""
     network, conditioning = config.network, Conditioning()
     if network.text_shapes:

@@ -35,6 +35,7 @@ class Meter:
         self.started, self.waited_s = time.perf_counter(), waited_s
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.cosines: list[float] = []
         self.images = 0
 
     @contextmanager
@@ -44,7 +45,8 @@ class Meter:
         yield
         self.started += time.perf_counter() - start
 
-    def add(self, loss: float, norm: float, images: int) -> None:
+    def add(self, loss: float, norm: float, images: int, alignment: float | None = None) -> None:
+        self.cosines += [] if alignment is None else [alignment]
         self.losses.append(loss)
         self.norms += [norm] if math.isfinite(norm) else []  # the norm of a skipped step says nothing
         self.images += images
@@ -53,6 +55,7 @@ class Meter:
         seconds, steps = time.perf_counter() - self.started, len(self.losses)
         return {
             "loss": math.fsum(self.losses) / steps,
+            **({"alignment": math.fsum(self.cosines) / len(self.cosines)} if self.cosines else {}),
             "grad_norm": math.fsum(self.norms) / max(1, len(self.norms)),
             "images_per_s": self.images / seconds,
             "step_s": seconds / steps,

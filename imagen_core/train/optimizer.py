@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,16 +16,20 @@ from imagen_core.train.parallel.offload import OffloadedAdamW
 from imagen_core.train.parallel.wrap import BLOCKS
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AnyOptimizer:
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, further: Mapping[str, nn.Parameter] | None = None
+) -> AnyOptimizer:
     """AdamW over all parameters, or those of the adapter; or Muon over the matrices of hidden layers and AdamW over
     the others. Biases and the gains of norms are not decayed.
 
     A group's `lr_scale` is its learning rate as a multiple of the configuration's.
 
+    Args:
+        further: parameters by name that are trained with the model, by AdamW unless a group says otherwise.
     Raises:
         TrainError: a group of the configuration has no parameters, or Muon has no matrix.
     """
-    for_adamw, for_muon = _assigned(model, config)
+    for_adamw, for_muon = _assigned(model, config, further or {})
     if not for_muon:
         kind = OffloadedAdamW if config.on_cpu else DenseAdamW
         return kind(for_adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -41,12 +46,14 @@ def num_muon_parameters(model: nn.Module, config: OptimizerConfig) -> int:
     Raises:
         TrainError: as `make_optimizer`.
     """
-    return sum(p.numel() for group in _assigned(model, config)[1] for p in group["params"])
+    return sum(p.numel() for group in _assigned(model, config, {})[1] for p in group["params"])
 
 
-def _assigned(model: nn.Module, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _assigned(
+    model: nn.Module, config: OptimizerConfig, further: Mapping[str, nn.Parameter]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The groups of parameters of AdamW, and of Muon."""
-    named = [(name, p) for name, p in saved_parameters(model).items() if p.requires_grad]
+    named = [(name, p) for name, p in {**saved_parameters(model), **further}.items() if p.requires_grad]
     left: dict[str, nn.Parameter] = dict(named)
     layers = (nn.Linear, nn.Conv2d) if config.muon.kernels else (nn.Linear,)
     hidden = {id(p) for p in hidden_matrices(model, BLOCKS, layers)} if config.kind == "muon" else set[int]()

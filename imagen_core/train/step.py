@@ -38,12 +38,14 @@ class StepResult:
         grad_norm: of the gradients before clipping; not finite in a skipped step of float16.
         stopping: whether any process wants to stop.
         lost: whether any process could not read its part of the batch; then nothing was changed.
+        alignment: mean cosine to the encoder's features; None in a step that is not aligned.
     """
 
     loss: float
     grad_norm: float
     stopping: bool
     lost: bool = False
+    alignment: float | None = None
 
 
 def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Path, *, stop: bool) -> StepResult:
@@ -58,13 +60,13 @@ def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Pa
     torch.manual_seed(mix(config.seed, RandomStream.NETWORK_DROPOUT, state.step, world.rank))
 
     scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-    total, recorded = _backward(context, state, batch, scale)
+    total, aligned, recorded = _backward(context, state, batch, scale)
     norm = _clip_gradients(context, scale)
     broken = (~torch.isfinite(total + norm)).double()
     flags = total.new_tensor([float(stop), float(batch.error is not None)])
-    sums = torch.cat([torch.stack([total, norm.double() / world.size, broken]), flags])
+    sums = torch.cat([torch.stack([total, norm.double() / world.size, broken]), flags, aligned[None]])
     sums = world.sum(torch.cat([sums, recorded.flatten()])).tolist()  # the one time a step waits for the GPU
-    (loss, norm, broken, stopping, lost), sums = sums[:5], sums[5:]
+    (loss, norm, broken, stopping, lost, cosine), sums = sums[:6], sums[6:]
     if lost:
         state.optimizer.zero_grad(set_to_none=True)
         return StepResult(math.nan, math.nan, stopping > 0, lost=True)
@@ -73,23 +75,28 @@ def take_step(context: TrainingContext, state: TrainState, batch: Batch, out: Pa
     overflow = state.loss_scale is not None and math.isfinite(mean_loss) and scale > 1
     if broken and not overflow:
         _report_non_finite(context, state.step, batch, mean_loss, norm, out)
+    is_aligned = config.alignment is not None and config.alignment.acts(state.step)
     state.whole = False
     _update(state, batch, config.ema.every_steps, broken=bool(broken))
     losses, steps = sums[: recorded.shape[1]], sums[recorded.shape[1] :]
     state.noise_levels.record([(int(step) - 1, value) for step, value in zip(steps, losses, strict=True) if step])
     state.whole = True
-    return StepResult(mean_loss, norm, stopping > 0)
+    return StepResult(mean_loss, norm, stopping > 0, alignment=cosine / batch.global_size if is_aligned else None)
 
 
-def _backward(context: TrainingContext, state: TrainState, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+def _backward(
+    context: TrainingContext, state: TrainState, batch: Batch, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulates the gradients of a batch, times `scale`.
 
     Returns:
-        The sum of this process's losses, float64; and loss and step of the schedule + 1 of each sample of the global
-        batch, (2, samples), with zeros for the samples of other processes; (2, 0) where the noise levels do not learn.
+        The sums of this process's losses and of its cosines to the encoder's features, float64; and loss and step of
+        the schedule + 1 of each sample of the global batch, (2, samples), with zeros for the samples of other
+        processes; (2, 0) where the noise levels do not learn.
     """
     config, world, learns = context.config, context.world, state.noise_levels.learns
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    aligned = torch.zeros_like(total)
     most = batch.largest_part  # all processes take the same number of micro-batches
     size = config.micro_batch_size or most
     starts = range(0, most, size)
@@ -99,28 +106,32 @@ def _backward(context: TrainingContext, state: TrainState, batch: Batch, scale: 
         example = make_example(
             part, config, context.denoiser, world.device, state.step, state.noise_levels, context.null_text
         )
-        with syncing(context.loss, start == starts[-1]):
-            losses = context.loss(example)
+        with syncing(context.loss, config, start == starts[-1]):
+            losses, cosines = context.loss(example)
             if learns:
                 count, first = len(part.keys), world.rank * most + start
                 recorded[0, first : first + count] = losses.detach()[:count]
                 recorded[1, first : first + count] = state.noise_levels.steps(example.sigma)[:count] + 1
-            losses = losses * example.weight
+            losses = minimized = losses * example.weight
+            if cosines is not None and config.alignment is not None:
+                minimized = losses - config.alignment.weight * cosines
             if not part.keys:  # this process has no sample of the batch, but takes part in the collectives
-                losses = losses * 0
+                losses, minimized, cosines = losses * 0, minimized * 0, None
             # Processes average their gradients: the mean over the global batch needs its size, not ours.
-            (losses.sum() * (world.size / batch.global_size * scale)).backward()
+            (minimized.sum() * (world.size / batch.global_size * scale)).backward()
         total += losses.detach().sum().double()
-    return total, recorded
+        if cosines is not None:
+            aligned += cosines.detach().sum().double()
+    return total, aligned, recorded
 
 
 def _clip_gradients(context: TrainingContext, scale: float) -> Tensor:
     """Divides the gradients by `scale` and clips them; returns their norm before clipping."""
     if scale != 1:
-        gradients = [local(p.grad) for p in context.denoiser.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in context.loss.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
     clip_norm = context.config.optimizer.clip_norm
-    return unsharded(nn.utils.clip_grad_norm_(context.denoiser.parameters(), clip_norm, foreach=True))
+    return unsharded(nn.utils.clip_grad_norm_(context.loss.parameters(), clip_norm, foreach=True))
 
 
 def _update(state: TrainState, batch: Batch, ema_every_steps: int, *, broken: bool) -> None:

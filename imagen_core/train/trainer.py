@@ -15,6 +15,7 @@ from imagen_core.models.layers.cpu import use_onednn
 from imagen_core.sealed import write_sealed
 from imagen_core.store import Store
 from imagen_core.text_batch import EncoderRecords
+from imagen_core.train.alignment.projection import make_alignment
 from imagen_core.train.averages.ema import WeightAverages
 from imagen_core.train.checkpoints.checkpoint import checkpoints, read_state, refuse_other
 from imagen_core.train.checkpoints.init_from import Start, initialize_from
@@ -104,7 +105,9 @@ def train(
             refuse_lost(out, config)
         trained_on = encoder_records(stores, config, online_encoder)["encoder"] if found is None else None
         denoiser, base = _make_denoiser(config, world, stores, load, trained_on)
-        loss = parallelize(TrainingLoss(denoiser, config, world.device.type), config, world)
+        alignment = make_alignment(denoiser, config, stores, world.device)
+        loss = parallelize(TrainingLoss(denoiser, config, world.device.type, alignment), config, world)
+        projector = {} if alignment is None else {f"alignment.{name}": p for name, p in alignment.named_parameters()}
         encode = None if online_encoder is None else online_encoder.load()
         context = TrainingContext(config, stores, world, denoiser, loss, encode, null_text(stores, config, encode))
 
@@ -115,11 +118,12 @@ def train(
                 write_sealed(out / "start.json", asdict(loaded))
         state = TrainState(
             denoiser,
-            make_optimizer(denoiser, config.optimizer),
+            make_optimizer(denoiser, config.optimizer, projector),
             WeightAverages(
                 denoiser, config.ema.rates, "cpu" if config.ema.on_cpu else None, profiles=config.ema.profiles
             ),
             NoiseLevelSampler(config),
+            projector,
         )
         state.loss_scale = LossScale() if config.precision == "float16" else None
         saved = None if found is None else read_state(found)
@@ -211,7 +215,7 @@ class TrainingRun:
                 if result.lost:
                     raise UnreadableError(batch.error)
                 loader_state = batch.loader_state
-                meter.add(result.loss, result.grad_norm, batch.global_size)
+                meter.add(result.loss, result.grad_norm, batch.global_size, result.alignment)
                 self._check()
                 step, last, stopping = state.step, state.step == config.num_steps, result.stopping
                 profiler.after(step, last=last or stopping)

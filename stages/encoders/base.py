@@ -351,6 +351,10 @@ class Preprocessing:
         pixels = center_square(pixels)
         if len(pixels) != self.size_px:
             pixels = resize_square(pixels, self.size_px)
+        return self.normalize(pixels)
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 RGB (height, width, 3) -> float32 (3, height, width) in the model's range."""
         scaled = pixels.astype(np.float32) / 255
         return ((scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).transpose(2, 0, 1)
 

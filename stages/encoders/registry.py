@@ -10,6 +10,7 @@ from stages.encoders.base import EncoderConfig, ImageEncoderConfig
 from stages.encoders.clip import ClipTextConfig
 from stages.encoders.clip_image import ClipImageConfig
 from stages.encoders.given import PrecomputedEmbeddingsConfig
+from stages.encoders.patches.config import PatchEncoderConfig
 from stages.encoders.recipes.shipped import with_recipe
 from stages.encoders.t5 import T5EncoderConfig
 
@@ -18,7 +19,7 @@ _TextEncoder = (
     | ClipTextConfig
     | AutoEncoderConfig
 )
-_ImageEncoder = ClipImageConfig
+_ImageEncoder = ClipImageConfig | PatchEncoderConfig
 
 _TEXT_KINDS = Kinds("pipeline.encoders", EncoderConfig, default="t5")
 _IMAGE_KINDS = Kinds("pipeline.image_encoders", ImageEncoderConfig, default="clip")

@@ -1,26 +1,43 @@
-"""Encodes the stored images of a shard with one frozen image encoder."""
+"""Encodes the stored images of a shard with one frozen image encoder, to a vector each or to one of each patch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
 
 from imagen_core.store import (
+    MIRRORED,
+    ArraySpec,
     ImagesGroup,
+    NotFiniteError,
+    Sample,
     StoreDtype,
     StoreFormat,
+    array_shard_bytes,
+    cast_embedding,
     embedding_shard_bytes,
+    feature_specs,
     image_group,
     open_images,
     read_samples,
+    stored_features,
 )
 from pipeline.executors.local_worker import call_warm
 from pipeline.stage import Drop, Group, GroupResult, Resources, Stage, Task, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
+from stages.arrays.base import ArrayStageConfig, MakeArrays
 from stages.encoders.base import ImageEncoderConfig
 from stages.encoders.encoder import ImageEncoder, load_encoder
 from stages.encoders.identity import identity_to_keep
+from stages.encoders.patches.config import PatchEncoderConfig
+from stages.encoders.patches.encoder import load_patch_encoder
+from stages.filters.base import Rejection
 from stages.precompute.embedding_files import EmbeddingFiles
 from stages.precompute.fetch import SAMPLES
 from stages.precompute.images_config import ImagesConfig
-from stages.precompute.quantisation import cast_for_store
+from stages.precompute.make_arrays import ArrayStage
+from stages.precompute.quantisation import cast_for_store, int8_errors
 
 
 class EncodeImagesStage(Stage):
@@ -74,3 +91,114 @@ class EncodeImagesStage(Stage):
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         return embedding_shard_bytes([1] * num_rows, self.files.dim, self.files.dtype)
+
+
+class PatchArrays(ArrayStageConfig):
+    """The arrays of an encoder of patches, as `ArrayStage` makes them."""
+
+    kind: Literal["patches"] = "patches"
+    encoder: PatchEncoderConfig
+    identity: dict[str, Any]
+    """The encoder's fingerprint."""
+    dim: int
+    patch_px: int
+    shapes: tuple[tuple[int, int], ...]
+    """Height and width of the images of each aspect-ratio bucket; one of squares."""
+    min_cosine: float
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of the patches, of each shape."""
+        return [self.encoder.grid(shape, self.patch_px) for shape in self.shapes]
+
+    def specs(self, grid: tuple[int | None, int | None]) -> dict[str, ArraySpec]:
+        """The arrays if the patches of all images have this grid."""
+        encoder = self.encoder
+        return feature_specs(encoder.name, encoder.dtype, grid, self.dim, mirrored=encoder.mirrored)
+
+    def arrays(self) -> Mapping[str, ArraySpec]:
+        return self.specs(self.grids()[0] if len(self.shapes) == 1 else (None, None))
+
+    def reads(self) -> tuple[str, ...]:
+        return (image_group(self.encoder.from_px),)
+
+    def fingerprint(self) -> dict[str, object]:
+        return self.identity
+
+    def resources(self) -> Resources:
+        return Resources(self.encoder.num_cpus, self.encoder.num_gpus, self.encoder.resources)
+
+    def workers(self) -> int | None:
+        return self.encoder.workers or 0
+
+    def build(self) -> MakeArrays:
+        self.encoder.check_unchanged(self.identity)
+        model, size = load_patch_encoder(self.encoder, self.encoder.threads()), self.encoder.from_px
+
+        def encode(samples: Iterable[Sample]) -> Iterator[dict[str, np.ndarray] | Rejection]:
+            rest = iter(samples)
+            while part := list(islice(rest, self.encoder.batch_size)):
+                images = [sample.images[size] for sample in part]
+                rows = [model.encode(images)]
+                if self.encoder.mirrored:
+                    rows.append(model.encode([image[:, ::-1] for image in images]))
+                for each in zip(*rows, strict=True):
+                    yield self._stored(each)
+
+        return encode
+
+    def _stored(self, features: tuple[np.ndarray, ...]) -> "dict[str, np.ndarray] | Rejection":
+        """The arrays of one image from its features, and those of the mirrored one."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, values in zip((self.encoder.name, f"{self.encoder.name}{MIRRORED}"), features, strict=False):
+            rows, columns, dim = values.shape
+            try:
+                stored = cast_embedding(values.reshape(-1, dim), self.encoder.dtype)
+            except NotFiniteError:
+                return Rejection("non_finite_embedding", f"{name} as {self.encoder.dtype}")
+            if self.encoder.dtype == "int8":
+                least = float(int8_errors(stored, values.reshape(-1, dim)).cosine.min())
+                if least < self.min_cosine:
+                    return Rejection("quantisation_error", f"{name}: cosine {least:.4f} as int8")
+            arrays |= stored_features(name, stored, (rows, columns))
+        return arrays
+
+
+class EncodePatchesStage(ArrayStage):
+    """`images-SIZE` -> `array-NAME`, `array-NAME-mirrored` and their scales. Workers keep the model."""
+
+    config: PatchArrays
+
+    def __init__(
+        self,
+        encoder: PatchEncoderConfig,
+        images: ImagesConfig,
+        store_format: StoreFormat,
+        min_cosine: float,
+        *,
+        started: Mapping[str, object] | None = None,
+    ):
+        """
+        Args:
+            min_cosine: least cosine of a patch as int8 to itself; a sample with less is excluded.
+            started: what the run folder's group was started with, if it was.
+        """
+        identity, size = call_warm(encoder.identify), encoder.from_px
+        with encoder.located() as files:
+            patch_px = encoder.patch_px(files)
+        group = ImagesGroup(image_group(size), size, store_format, images.codec_of(size), shapes=images.shapes(size))
+        config = PatchArrays(
+            encoder=encoder.pinned(identity),
+            identity=identity_to_keep(identity.fingerprint, started),
+            dim=identity.dim,
+            patch_px=patch_px,
+            shapes=tuple(group.shapes) or ((size, size),),
+            min_cosine=min_cosine,
+        )
+        super().__init__(config, store_format, {group.name: group}, f"image_encoders.{encoder.name}")
+        self.name, self.modules = f"encode-images-{encoder.name}", encoder.modules
+
+    def estimate_bytes(self, group: str, num_rows: int) -> int | None:
+        """Of aspect-ratio buckets, as if all images had most patches."""
+        array, _ = self.specs[group]
+        most = max(self.config.grids(), key=lambda grid: grid[0] * grid[1])
+        return array_shard_bytes(self.config.specs(most)[array], num_rows)

@@ -13,6 +13,7 @@ from imagen_core.store.buckets import Shape, ratios_of, shapes_difference
 from imagen_core.store.files.ragged import StoredEmbedding, restore
 from imagen_core.store.read.caption_choice import CaptionChoice, TakenCaption
 from imagen_core.store.read.crop import Frame, FullImage, Layout
+from imagen_core.store.read.features import FeatureReader
 from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.read.reader import OpenShard, StoreReader
 from imagen_core.store.records import EmbeddingGroup
@@ -70,6 +71,7 @@ class BatchReader:
         self._layouts = self._layouts_by_bucket(options.images) if options.images else [{}]
         self._largest = {size: max(math.prod(each[size].shown) for each in self._layouts) for size in self._layouts[0]}
         """Most pixels of an image in a batch, by size."""
+        self._features = [] if options.features is None else [FeatureReader(each, options.features) for each in stores]
         for store in reversed(stores):  # what describes the batch is taken of the first
             self._text_groups = [_with_layers(store.text_group(name), only) for name, only in options.texts.items()]
             self._text_embed_group = None if options.text_embed is None else store.text_group(options.text_embed)
@@ -108,6 +110,7 @@ class BatchReader:
         numbers = self._view.random_numbers([draw.counter for draw in draws]).tolist() if images else []
         rows: list[_Embeddings] = [_Embeddings([], {})] * len(draws)
         arrays = {group.array: [np.empty(0)] * len(draws) for group in self._array_groups}
+        features = [np.empty(0)] * len(draws)
         columns: dict[str, list[Any]] = {name: [None] * len(draws) for name in self._columns}
         # Shard by shard, so that a file is opened once per batch.
         for store, shard, row, k in sorted((draw.store, draw.shard, draw.row, k) for k, draw in enumerate(draws)):
@@ -125,6 +128,9 @@ class BatchReader:
             for size, box in boxes.items():
                 frame = layout[size]
                 pixels[size][k] = box.show(files.images[frame.stored_px].pixels(row), frame.shown)
+            if self._features:
+                flipped = any(box.flipped for box in boxes.values())
+                features[k] = self._features[store].read(files, row, mirrored=flipped)
             rows[k] = self._embeddings(files, row, taken)
             for name, values in columns.items():
                 values[k] = files.samples.kept(row, name)
@@ -134,6 +140,8 @@ class BatchReader:
         if images:
             batch["images"] = {size: tensor.permute(0, 3, 1, 2) for size, tensor in images.items()}  # (b, 3, h, w)
         batch |= self._embedding_parts(rows)
+        if self._features:
+            batch["features"] = self._stacked(features)
         if self._options.captions:
             batch["captions"] = captions
         if self._options.transcriptions:
@@ -198,6 +206,19 @@ class BatchReader:
         mask = self._empty((len(embeddings), longest), np.dtype(np.bool_))
         np.less(np.arange(longest), lengths[:, None], out=mask.numpy())
         return (text.view(torch.bfloat16) if group.dtype == "bfloat16" else text), mask
+
+    def _stacked(self, features: list[np.ndarray]) -> torch.Tensor:
+        """Features of images of one shape: float16 (b, rows, columns, dim)."""
+        grid = features[0].shape[:2] if features else (0, 0)
+        batch = self._empty((len(features), *grid, self._features[0].dim), np.dtype(np.float16))
+        for row, each in zip(batch.numpy(), features, strict=True):
+            if each.shape != row.shape:
+                raise ValueError(
+                    f"features {self._options.features!r} are {each.shape} of one image and {row.shape} of another of "
+                    "the same shape; make them with the same settings"
+                )
+            row[...] = each
+        return batch
 
     def _array_parts(self, arrays: dict[str, list[np.ndarray]]) -> dict[str, Any]:
         """The parts `arrays` and `array_sizes` of a batch."""

@@ -83,6 +83,8 @@ class Loader:
         text_mask: bool (B, L), true on real tokens; comes with text, likewise by encoder.
         text_embed: (B, dim), the same captions as one vector each in the store's dtype; only if requested.
         image_embed: (B, dim), embeddings of the images in the store's dtype; only if requested.
+        features: float16 (B, rows, columns, dim), of the patches of each image, mirrored where it is flipped; only if
+            requested.
         captions: list[str], the caption taken from each sample; only if requested.
         transcriptions: list[str], the text written in each image, "" where there is none or it is unknown;
             only if requested.

@@ -32,6 +32,8 @@ class LoaderOptions:
         transcriptions: load the text written in the images.
         labels: load the images' classes.
         arrays: names of arrays to load that stages of other packages made; None loads none.
+        features: patch features to load of each image, of the mirrored one where `crop` flips it; they are of whole
+            images, whatever is cropped. None loads none.
         columns: columns to load that were kept of the source; None loads none.
         where: condition of SQL on the columns of samples; only samples for which it is true are loaded, see
             `Store.where`. None loads all.
@@ -76,6 +78,7 @@ class LoaderOptions:
     text_layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     caption_sets: Mapping[str, float] | None = None
     replacement: bool = False
+    features: str | None = None
 
     @property
     def reads_captions(self) -> bool:
@@ -99,6 +102,8 @@ class LoaderOptions:
                 f"caption_sets are {dict(self.caption_sets)}, but no caption is loaded; load captions, text or "
                 "text_embed, or leave caption_sets out"
             )
+        if self.features is not None and not self.images:
+            raise ValueError(f"features are {self.features!r}, but no images are loaded; name their sizes as images")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more (got {self.batch_size})")
         if not 0 <= self.rank < self.world_size:

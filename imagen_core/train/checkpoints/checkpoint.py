@@ -2,6 +2,7 @@
 
     step-00001000/  state.json  model.safetensors  ema-0.9999.safetensors  optimizer.safetensors
                     noise_levels.safetensors, where the noise levels depend on the losses
+                    projector.safetensors, with alignment
                     power-0.05.safetensors, power-0.1.safetensors ..., with ema.profiles
 
 Tensors are unsharded and named by parameter, so a checkpoint of any number of processes, sharded or not, loads in any

@@ -20,6 +20,9 @@ from imagen_core.train.parallel.offload import OffloadedAdamW
 from imagen_core.train.parallel.precision import LossScale
 from imagen_core.train.parallel.world import like, local, unsharded
 
+PROJECTOR = "projector"
+"""The file of a checkpoint with the projector of an alignment."""
+
 
 class TrainState:
     """Saved and restored exactly, for any number of processes before and after."""
@@ -30,7 +33,10 @@ class TrainState:
         optimizer: AnyOptimizer,
         averages: WeightAverages,
         noise_levels: NoiseLevelSampler,
+        projector: Mapping[str, nn.Parameter] | None = None,
     ):
+        """`projector`: parameters of an alignment by name, which the optimizer has too, but no average."""
+        self.projector = projector or {}
         self.model, self.optimizer, self.averages, self.noise_levels = model, optimizer, averages, noise_levels
         self.step = 0
         self.samples = 0
@@ -51,6 +57,8 @@ class TrainState:
         files: dict[str, dict[str, Tensor]] = {"model": self._gather(parameters.items(), writes)}
         for average in self.averages.averages:
             files[average] = self._gather(self._average(average, parameters), writes)
+        if self.projector:
+            files[PROJECTOR] = self._gather(self.projector.items(), writes)
         files["optimizer"] = self._gather(self._moments(), writes)
         if self.noise_levels.learns:
             files["noise_levels"] = self.noise_levels.tensors()
@@ -95,6 +103,11 @@ class TrainState:
         check_names(path, parameters, weights)
         for name, values in weights.items():
             local(parameters[name]).copy_(local(like(values, parameters[name])))
+        if keeps := f"{PROJECTOR}.safetensors" in saved["files"] and bool(self.projector):
+            projector = read_tensors(path, saved, PROJECTOR)
+            check_names(path, self.projector, projector)
+            for name, values in projector.items():
+                local(self.projector[name]).copy_(local(like(values, self.projector[name])))
         for name, average in self.averages.averages.items():
             known = f"{name}.safetensors" in saved["files"]
             source = read_tensors(path, saved, name if known else "model")  # a new one starts with the weights
@@ -102,6 +115,8 @@ class TrainState:
                 average[key].copy_(local(like(values, parameters[key])).to(average[key].dtype))
         moments = read_tensors(path, saved, "optimizer")
         for name, parameter in self._trained():
+            if name in self.projector and not keeps:
+                continue  # a training that had no alignment begins with a new projector
             names = moment_names(self.optimizer, parameter)
             if missing := [moment for moment in names if f"{moment}.{name}" not in moments]:
                 raise CheckpointMismatchError(
@@ -140,7 +155,8 @@ class TrainState:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters the optimizer has."""
-        return [(name, p) for name, p in saved_parameters(self.model).items() if p.requires_grad]
+        named = {**saved_parameters(self.model), **self.projector}
+        return [(name, p) for name, p in named.items() if p.requires_grad]
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():

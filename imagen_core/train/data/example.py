@@ -42,6 +42,8 @@ class Example:
         sigma: (b,).
         weight: (b,), factor of each loss.
         shown_estimate: bool (b,), rows whose network is shown its own estimate; None if it reads no estimate.
+        features: (b, rows, columns, dim), what an image encoder makes of the images' patches; None in a step that is
+            not aligned with them.
     """
 
     x0: Tensor
@@ -50,6 +52,7 @@ class Example:
     noise: Tensor
     conditioning: Conditioning
     shown_estimate: Tensor | None = None
+    features: Tensor | None = None
 
 
 def make_example(
@@ -94,7 +97,10 @@ def make_example(
     if settings.network.self_conditioning:
         uniform = sample_uniform(config.seed, batch.counters or range(1), RandomStream.SELF_CONDITIONING, count=1)
         shown = (uniform[:, 0] < config.self_conditioning_fraction).to(device)
-    return Example(x0, sigma, weight.to(device, dtype), numbers.noise.to(dtype), conditioning, shown)
+    features = None
+    if config.alignment is not None and config.alignment.acts(step) and "features" in batch.raw:
+        features = _one_row(batch.raw["features"]).to(device, non_blocking=True)
+    return Example(x0, sigma, weight.to(device, dtype), numbers.noise.to(dtype), conditioning, shown, features)
 
 
 def all_conditions(

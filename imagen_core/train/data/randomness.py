@@ -50,6 +50,8 @@ class RandomStream(IntEnum):
     """By sample: whether it is compressed, and how much."""
     LOW_RES_TINT = 19
     """By sample: whether it is tinted, and the colour."""
+    PROJECTOR = 20
+    """Once: the initial weights of the projector of an alignment."""
 
 
 class SampleColumn(IntEnum):

@@ -28,7 +28,7 @@ from imagen_core.store.read.options import LoaderOptions
 from imagen_core.store.records import EmbeddingGroup
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.data.store_encoders import SHARDS_TO_CHECK, check_encoders
-from imagen_core.train.data.store_images import check_condition_images
+from imagen_core.train.data.store_images import check_condition_images, check_features
 from imagen_core.train.errors import StoreLostError, TrainError
 from imagen_core.train.parallel.world import World
 
@@ -67,6 +67,7 @@ def open_store(
     _check_shapes(store, config)
     check_encoders(store, config, online=online)
     check_condition_images(store, config)
+    check_features(store, config)
     if config.transcription is not None:
         _check_annotation("transcription", store, config, "denoiser.unet.transcription")
     if config.num_classes is not None:
@@ -330,7 +331,8 @@ def _difference(before: Manifest, after: Manifest, config: TrainConfig) -> str |
         for name in names:
             if name is not None and name in old and _made_by(old[name]) != _made_by(new[name]):
                 return f"{old[name].name} is by another encoder"
-    for name in config.condition_images:
+    features = [] if config.alignment is None else [config.alignment.encoder]
+    for name in (*config.condition_images, *features):
         old, new = before.arrays[name], after.arrays[name]
         if (old.spec, old.fingerprint) != (new.spec, new.fingerprint):
             return f"{old.name} is made in another way"

@@ -1,4 +1,4 @@
-"""The condition images of a training: arrays of the store."""
+"""The condition images of a training, and the features it is aligned with: arrays of the store."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from imagen_core.condition_images import joined_images, stored_images
-from imagen_core.store import Store
+from imagen_core.store import MIRRORED, Store
+from imagen_core.store.read.features import FeatureReader
 from imagen_core.train.config import TrainConfig
 from imagen_core.train.errors import TrainError
 
@@ -33,6 +34,26 @@ def check_condition_images(store: Store, config: TrainConfig) -> None:
                 f"condition_images.{name} is {channels}, but the array has {found} channels; set it to {found}, and "
                 "denoiser.unet.condition_channels to the sum"
             )
+
+
+def check_features(store: Store, config: TrainConfig) -> None:
+    """Raises TrainError unless the store has the features that `alignment` reads, and those of mirrored images where
+    images are flipped."""
+    if config.alignment is None:
+        return
+    name = config.alignment.encoder
+    try:
+        found = FeatureReader(store, name)
+    except ValueError as error:
+        raise TrainError(
+            f"alignment.encoder: {error}, in the store {config.store}; add them with `pipeline run precompute` and "
+            f"image_encoders=[{{name: {name}, kind: auto, ...}}], or null alignment"
+        ) from error
+    if config.views.horizontal_flip and not found.has_mirrored:
+        raise TrainError(
+            f"views.horizontal_flip: the store {config.store} has no array {name}{MIRRORED}, the features of mirrored "
+            f"images; add them with mirrored: true of the image encoder {name}, or set views.horizontal_flip=0"
+        )
 
 
 def condition_images(

@@ -166,6 +166,7 @@ class BatchStream:
             shuffle_window_shards=config.data.shuffle_window_shards,
             replacement=config.data.replacement,
             pin_memory=world.device.type == "cuda",
+            features=None if config.alignment is None else config.alignment.encoder,
         )
         try:
             self._read_from(stores, state)

@@ -20,7 +20,8 @@ from imagen_core.train.parallel.world import World
 
 BLOCKS = (Block, PatchBlock, TransformerLayer)
 """The repeated blocks of networks: each is sharded on its own, and the linear layers in them are hidden ones."""
-_NET = "denoiser.net"  # in the loss; all parameters are below it
+_NET = "denoiser.net"  # in the loss; all parameters are below it, but those of the projector of an alignment
+_PROJECTOR = "alignment.projector"
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
@@ -47,8 +48,14 @@ def parallelize(loss: nn.Module, config: TrainConfig, world: World) -> nn.Module
         mesh = init_device_mesh(kind, (world.size,))
     else:
         mesh = init_device_mesh(kind, (world.size // group, group), mesh_dim_names=("copies", "shards"))
-    shard(loss.get_submodule(_NET), mesh, autocast_dtype(config.precision))
+    for net in _trained(loss, config):
+        shard(net, mesh, autocast_dtype(config.precision))
     return loss
+
+
+def _trained(loss: nn.Module, config: TrainConfig) -> list[nn.Module]:
+    """The network, and the projector of an alignment."""
+    return [loss.get_submodule(name) for name in (_NET, _PROJECTOR)[: 1 + (config.alignment is not None)]]
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
@@ -66,11 +73,11 @@ def shard(net: nn.Module, mesh: DeviceMesh, half: torch.dtype | None) -> None:
     fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def syncing(loss: nn.Module, last: bool) -> AbstractContextManager[None]:
+def syncing(loss: nn.Module, config: TrainConfig, last: bool) -> AbstractContextManager[None]:
     """Gradients are exchanged in the backward pass of the last micro-batch only."""
     if isinstance(loss, DistributedDataParallel):
         return nullcontext() if last else loss.no_sync()
-    net = loss.get_submodule(_NET)
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(last)
+    for net in _trained(loss, config):
+        if isinstance(net, FSDPModule):
+            net.set_requires_gradient_sync(last)
     return nullcontext()

@@ -13,6 +13,7 @@ _TITLES = {
     "loss": "Training loss",
     "validation_loss": "Validation loss",
     "lr": "Learning rate",
+    "alignment": "Alignment: mean cosine to the encoder's features",
     "grad_norm": "Gradient norm",
     "images_per_s": "Images per second",
     "loader_wait": "Waiting for the loader, fraction of the time",

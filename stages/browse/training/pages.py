@@ -27,7 +27,7 @@ from stages.browse.training.png import png
 from stages.browse.web import Part, part, render
 
 _MOST_COMPARED = 8
-_SHOWN_LAST = ("loss", "validation_loss", "lr", "grad_norm", "images_per_s", "loader_wait")
+_SHOWN_LAST = ("loss", "validation_loss", "alignment", "lr", "grad_norm", "images_per_s", "loader_wait")
 
 
 def routes(place: Place) -> list[Route]:

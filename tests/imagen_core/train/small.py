@@ -74,6 +74,8 @@ def make_store(
     row_fields: Callable[[int], dict[str, Any]] = lambda row: {},
     buckets: bool = False,
     more_encoders: Mapping[str, int] | None = None,
+    features: int | None = None,
+    mirrored: bool = True,
 ) -> Path:
     """40 samples of 16 and 32 px, one caption each of 1 to 5 tokens; deterministic. Written once.
 
@@ -81,6 +83,8 @@ def make_store(
         large_px: another size instead of 32, and its half instead of 16.
         row_fields: fields of the samples by row.
         more_encoders: widths of further encoders by name, whose captions have 1 to 3 tokens.
+        features: width of patch features `dino` of 4 x 4 px of the smaller size, float16, and if `mirrored` others of
+            the mirrored images.
         buckets: images are wide, tall and square in turn (12 x 20, 20 x 12 and 16 x 16 px, and twice that).
     """
     if (root / "manifest.json").exists():
@@ -100,6 +104,10 @@ def make_store(
             "format": "parquet",
             "fingerprint": {"model": model if name == "t5" else name},
         }
+    specs = {} if features is None else st.feature_specs("dino", "float16", (None, None), features, mirrored=mirrored)
+    for name, spec in specs.items():
+        group = {"kind": "array", "array": name, "dtype": spec.dtype, "shape": list(spec.shape), "format": "parquet"}
+        groups[st.array_group(name)] = group | {"fingerprint": {"model": "dino"}}
     for name in groups:
         (root / name).mkdir(parents=True)
     shards = []
@@ -133,6 +141,12 @@ def make_store(
             with st.open_image_writer(root / paths[name], size, "parquet", shapes=shapes) as writer:
                 for pixels, sample in zip(images, samples, strict=True):
                     writer.append(pixels, sample.key, sample.sha256)
+        for number, (name, spec) in enumerate(specs.items()):
+            group, random = st.array_group(name), np.random.default_rng([shard, number])
+            fingerprint = groups[group]["fingerprint"]
+            with st.open_array_writer(root / paths[group], spec, "parquet", fingerprint) as writer:
+                for (h, w), sample in zip(of_row, samples, strict=True):
+                    writer.append(random.normal(1, 1, (h // 4, w // 4, features)).astype(np.float16), sample.key)
         captions = [sample.captions[0] for sample in samples]
         for name, width in {"t5": dim, **(more_encoders or {})}.items():
             longest, random = (5, rng) if name == "t5" else (3, np.random.default_rng([width, shard]))

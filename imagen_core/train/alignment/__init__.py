@@ -1,0 +1,1 @@
+"""Representation alignment: hidden states of the network follow patch features of an image encoder."""
