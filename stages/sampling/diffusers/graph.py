@@ -112,6 +112,8 @@ def _read(program: ExportedProgram, inputs: dict[str, str]) -> NetworkGraph:
     for node in program.graph.nodes:
         if node.op == "call_function" and node in used:
             arguments = [_text(argument, names) for argument in node.args]
+            if node.target is torch.sym_float:  # a size as a float
+                arguments.append("1")
             named = [f"{name}={_text(value, names)}" for name, value in node.kwargs.items() if name != "pin_memory"]
             lines.append(f"{node.name} = {_name_of(node.target)}({', '.join(arguments + named)})")
             names[node] = node.name
@@ -134,6 +136,8 @@ def _used(graph: fx.Graph) -> set[fx.Node]:
 def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return str(target)
+    if target is torch.sym_float:
+        return "operator.truediv"
     if getattr(operator, getattr(target, "__name__", ""), None) is target:
         return f"operator.{target.__name__}"
     raise ValueError(f"the network has an operation that no exported graph has: {target}")
