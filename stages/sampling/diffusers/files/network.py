@@ -19,7 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 _CONSTANTS = {"inf": float("inf"), "nan": float("nan")}
-_SIZES = "getitem add sub mul neg mod floordiv truediv pow eq ne lt le gt ge".split()
+_SIZES = ("getitem", "add", "sub", "mul", "neg", "mod", "floordiv", "truediv", "pow")
+_SIZES += ("eq", "ne", "lt", "le", "gt", "ge")
 """What is computed with the sizes of tensors; operations on tensors are those of torch.ops.aten."""
 _PRODUCTS = ("linear", "conv2d", "conv_transpose2d", "einsum", "matmul", "scaled_dot_product_attention")
 """What runs in the type of the weights; all else runs in float32."""
