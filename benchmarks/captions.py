@@ -2,8 +2,8 @@
 
     python -m benchmarks.captions --out benchmarks/results/captions.json
 
-The server, in a process of its own, takes 200 ms for a request and serves 64 at a time, so 320 a second. A finished run
-with its originals gets a captioner; the rate is that between the first and the last answer, as the server counts.
+The server, in a process of its own, takes 200 ms for a request and serves 64 at a time, so 320 a second. A finished
+run with its originals gets a captioner; the rate is that between the first and the last answer, as the server counts.
 In turns with it a bare client sends as many requests, made beforehand, as many at a time and nothing else.
 """
 
@@ -29,7 +29,7 @@ from benchmarks.common import report
 
 AT_ONCE, SECONDS = 64, 0.2
 IN_FLIGHT = 80
-"""Requests that a client sends at once: a few more than are served, so that a place is filled as soon as it is free."""
+"""Requests that a client sends at once: a few more than are served, so that a place is filled once it is free."""
 MODEL = "tiny/describer"
 _PORT = 18430
 NOTES = ["requests/s: between the first and the last answer, as the server counts, without the first 64"]
@@ -151,8 +151,11 @@ async def _bare(url: str, count: int) -> None:
 
         async def work() -> None:
             for _ in left:
-                async with session.post(f"{url}/v1/chat/completions", data=body) as answer:
-                    await answer.read()
+                try:
+                    async with session.post(f"{url}/v1/chat/completions", data=body) as answer:
+                        await answer.read()
+                except aiohttp.ClientConnectionError:
+                    continue
 
         await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
 

@@ -33,6 +33,10 @@ _OTHER_MODEL_LIMIT = 20
 """So many answers of another model one after the other end the run."""
 _CONNECT_S = 20.0
 _SHORT_PAUSE_S = 0.05
+_KEEP_ALIVE_S = 4.0
+"""Less than servers keep an idle connection (uvicorn: 5 s), so that no request is sent into one that is closed."""
+_AT_ONCE_AGAIN = 2
+"""So often a request whose connection was closed is made again without a pause for its server."""
 _MOST_BYTES = 8 * 2**20
 """Of an answer."""
 
@@ -88,7 +92,7 @@ class ServerCaptioner:
         self.session = aiohttp.ClientSession(
             headers=headers,
             trust_env=True,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=_CONNECT_S),
         )
         weakref.finalize(self, _close, self._loop, self.session)
@@ -183,7 +187,8 @@ class ServerCaptioner:
             if only is None:
                 self.budget.end(answered=False)
             tried[reply.reason] += 1
-            self._note(server, reply)
+            if reply.reason != "disconnected" or tried[reply.reason] > _AT_ONCE_AGAIN:
+                self._note(server, reply)
             if reply.limited and tried[reply.reason] >= self.config.tries:
                 return Answer(problem=(reply.reason, reply.detail))
             if reply.limited:
@@ -250,6 +255,9 @@ class ServerCaptioner:
             return Again("timeout", f"no answer within {self.config.timeout_s:g} s", limited=True)
         except aiohttp.ClientPayloadError as error:
             return Again("half_answer", self._shown(error), limited=True)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError) as error:
+            kind = "server_down" if isinstance(error, aiohttp.ClientConnectorError) else "disconnected"
+            return Again(kind, self._shown(error))
         except (aiohttp.ClientConnectionError, OSError) as error:
             return Again("server_down", self._shown(error))
         except aiohttp.ClientError as error:
