@@ -65,7 +65,7 @@ class Kinds:
         return found
 
     def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        classes = _by_kind(get_args(union))
+        classes = _by_kind(get_args(union) or (union,))
         choices = {kind: handler.generate_schema(member) for kind, member in classes.items()}
 
         def validate(value: Any, built_in: core_schema.ValidatorFunctionWrapHandler) -> Any:
@@ -105,7 +105,7 @@ class Kinds:
 def member_of(union: Any, kind: str) -> type[Any]:
     """The class of a kind in a union that is annotated with `Kinds`; raises as `Kinds.member`."""
     members, kinds, *_ = get_args(union)
-    return kinds.member(get_args(members), kind)
+    return kinds.member(get_args(members) or (members,), kind)
 
 
 def _by_kind(members: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:

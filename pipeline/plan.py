@@ -1,5 +1,6 @@
 """A plan: the stages of a workflow as a graph over groups, and the stream of shards they run on."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,11 +79,14 @@ class Plan:
     """Rows of a full shard; None means that the largest shard is a full one."""
     notices: tuple[str, ...] = ()
     """What the user should know of the result before the run; shown by the run, its summary and `pipeline plan`."""
-    outlook: Callable[[Sequence[Shard]], Mapping[str, Mapping[str, object]]] | None = None
-    """What is known of the result before a run, from some shards spread over the input: by name an entry of the
-    preview, whose `text` is shown."""
+    outlook: Callable[[Sequence[Shard], Mapping[str, float]], Mapping[str, Mapping[str, object]]] | None = None
+    """What is known of the result before a run, from some shards spread over the input and the rows still to do of
+    each group: by name an entry of the preview, whose `text` is shown."""
     lost_drops: Callable[[RunFolder, Shard, Record], Sequence[Drop]] | None = None
     """The dropped rows of a committed (group, shard) whose list is gone, from its files; None: it stays gone."""
+    retry: Callable[[RunFolder, Sequence[str]], Counter[str]] | None = None
+    """Has what other groups lack of samples tried again, where it is for one of these reasons or `all`; deletes the
+    shards that are to be made again, and returns how many rows these are by reason."""
     captions: Callable[[Shard], Sequence[tuple[str, ...]]] | None = None
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
     further_captions: Callable[[Shard], Mapping[str, Sequence[tuple[str, ...]]]] | None = None

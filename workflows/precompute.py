@@ -1,6 +1,7 @@
 """precompute: sources -> fetch -> resize -> encode -> store."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import compress
@@ -9,7 +10,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from imagen_core.store import REMOVED, array_group, image_embed_group, text_group
+from imagen_core.store import (
+    ORIGINAL_CAPTIONS,
+    REMOVED,
+    array_group,
+    captions_group,
+    image_embed_group,
+    text_group,
+)
 from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
@@ -18,6 +26,9 @@ from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.arrays.registry import AnyArrayStage
+from stages.captioners.answers import delete_answers
+from stages.captioners.base import CaptionerConfig, ModelCaptionerConfig
+from stages.captioners.registry import AnyCaptioner
 from stages.captions import clean_captions
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.excluded import ExcludedSets
@@ -30,7 +41,8 @@ from stages.encoders.t5 import T5EncoderConfig
 from stages.encoders.tiny import TINY_MODEL
 from stages.filters.base import Filter
 from stages.filters.registry import ALWAYS, AnyFilters
-from stages.filters.size import blank_row, size_rejections
+from stages.filters.size import MaxPixels, blank_row, size_rejections
+from stages.precompute.captioning.costs import captions_line, expected_cost
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line, may_be_samples
 from stages.precompute.crops import crops_line, crops_of, measured
@@ -41,9 +53,11 @@ from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from stages.precompute.images_config import ImagesConfig
 from stages.precompute.lost_lists import lost_drops
 from stages.precompute.make_arrays import array_stages
+from stages.precompute.captioning.make import MakeCaptionsStage
 from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ResizeStage
+from stages.precompute.captioning.retry import retry_captions
 from stages.sources.annotations import AnnotationsConfig, CaptionColumn
 from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig
@@ -81,6 +95,9 @@ class PrecomputeConfig(WorkflowConfig):
     filters: AnyFilters = ALWAYS
     """Rules that drop rows, in this order; max_pixels and too_small are applied first, with their defaults unless they
     are named."""
+    captioners: tuple[AnyCaptioner, ...] = ()
+    """Models that write captions; each makes a set of captions of its name, which all encoders encode, and can be
+    added later."""
     encoders: tuple[AnyTextEmbedding, ...] = (T5EncoderConfig(name="t5", model=TINY_MODEL),)
     """Text encoders; each makes its own group, and can be added later."""
     image_encoders: tuple[AnyImageEmbedding, ...] = ()
@@ -113,13 +130,19 @@ class PrecomputeConfig(WorkflowConfig):
     @model_validator(mode="after")
     def _check_caption_sets(self) -> Self:
         source, encoders = self.source, [encoder.name for encoder in self.encoders]
-        further = source.further_captions if isinstance(source, AnnotationsConfig) else ()
+        columns = source.captions if isinstance(source, AnnotationsConfig) else ()
+        taken = [each.called for each in columns] or [ORIGINAL_CAPTIONS]
+        for captioner in self.captioners:
+            if captioner.name in (*taken, ORIGINAL_CAPTIONS):
+                raise ValueError(f"captioners: there is another set of captions {captioner.name!r}; name it otherwise")
+            taken.append(captioner.name)
+        further = (*columns[1:], *self.captioners)
         made = [(name, None) for name in encoders] + [(name, c.called) for name in encoders for c in further]
         groups = [text_group(*each) for each in made]
         for place, (encoder, caption_set) in enumerate(made):
             if groups[place] in groups[:place]:
                 raise ValueError(
-                    f"source.captions: the set {caption_set!r} by the encoder {encoder!r} makes {groups[place]}, as "
+                    f"captions: the set {caption_set!r} by the encoder {encoder!r} makes {groups[place]}, as "
                     "another encoder or set does; name one of them otherwise"
                 )
         return self
@@ -173,13 +196,16 @@ class Precompute(ShardedWorkflow):
         if config.duplicates is not None:
             ExcludedSets(config.duplicates.exclude)  # which a mistyped path has none of
         run_removals(run, previous_header(run))  # before anything is deleted: without the log, samples come back
+        stages = self._stages(source, run)
+        made = [stage for stage in stages if isinstance(stage, MakeCaptionsStage)]
         batches = InputBatches(source, run, config.shard_size, SAMPLES)
         return Plan(
-            stages=self._stages(source, run),
+            stages=stages,
             check_group=check_store_group,
             shards=batches.shards,
             input=batches,
             finalize=lambda run, rows, failed, show: {
+                **self._forget_answers(run),
                 **build_manifest(run, rows, failed, config.duplicates, source.filtered, show, self._captions),
                 **({"ignored": dict(sorted(source.ignored.items()))} if source.ignored.total() else {}),
                 **({"unread_bytes": source.unread_bytes} if source.unread_bytes else {}),
@@ -192,8 +218,9 @@ class Precompute(ShardedWorkflow):
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
             captions=source.captions,
-            further_captions=partial(_further_captions, source, self._captions),
-            outlook=partial(_outlook, source, config.images, config.filters),
+            further_captions=partial(_further_captions, source, self._columns),
+            outlook=partial(self._outlook, run, source),
+            retry=lambda run, reasons: retry_captions(run, made, reasons),
             notices=tuple(
                 f"encoder {encoder.name} has random weights ({TINY_MODEL}): its embeddings say nothing about the "
                 f"captions; for real ones set encoders.{place}.model to a hub id or a folder"
@@ -203,14 +230,22 @@ class Precompute(ShardedWorkflow):
         )
 
     @property
-    def _captions(self) -> tuple[CaptionColumn, ...]:
+    def _columns(self) -> tuple[CaptionColumn, ...]:
+        """The sets of captions of the source, if they have names."""
         source = self.config.source
         return source.captions if isinstance(source, AnnotationsConfig) else ()
 
     @property
+    def _captions(self) -> tuple[CaptionColumn | CaptionerConfig, ...]:
+        """All sets of captions, that of `samples` first, if they have names."""
+        original = CaptionColumn(column=ORIGINAL_CAPTIONS)
+        captioners = self.config.captioners
+        return (*(self._columns or (original,)), *captioners) if captioners else self._columns
+
+    @property
     def _further(self) -> tuple[CaptionColumn, ...]:
-        """The sets of captions but the first, which is that of `samples`."""
-        return self._captions[1:]
+        """The sets of captions of the source but the first, which is that of `samples`."""
+        return self._columns[1:]
 
     def _stages(self, source: Source, run: RunFolder) -> tuple[Stage, ...]:
         config = self.config
@@ -224,17 +259,41 @@ class Precompute(ShardedWorkflow):
                 columns=source.column_types,
             ),
             *(CaptionColumnStage(captions, source) for captions in self._further),
+            *(self._captions_stage(captioner, source) for captioner in config.captioners),
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )
         return (*stages, *array_stages(config.stages, config.store.format, stages))
+
+    def _outlook(
+        self, run: RunFolder, source: Source, shards: Sequence[Shard], rows_to_do: Mapping[str, float]
+    ) -> dict[str, Mapping[str, object]]:
+        """What will be cropped and filtered, and what captions will need."""
+        found: dict[str, Mapping[str, object]] = {}
+        found |= _outlook(source, self.config.images, self.config.filters, shards)
+        for captioner in self.config.captioners:
+            group = captions_group(captioner.name)
+            if isinstance(captioner, ModelCaptionerConfig) and rows_to_do.get(group):
+                found[group] = expected_cost(run, captioner, round(rows_to_do[group]))
+        return found
+
+    def _forget_answers(self, run: RunFolder) -> dict[str, object]:
+        """Deletes the answers that were kept for shards which are committed now."""
+        for captioner in self.config.captioners:
+            delete_answers(run, captioner.name, set(run.recorded_shards(captions_group(captioner.name))))
+        return {}
+
+    def _captions_stage(self, captioner: CaptionerConfig, source: Source) -> Stage:
+        assert isinstance(captioner, ModelCaptionerConfig)
+        max_pixels = min(filter.max for filter in self.config.filters if isinstance(filter, MaxPixels))
+        return MakeCaptionsStage(captioner, source.column_types, max_pixels)
 
     def _text_stage(self, encoder: AnyTextEmbedding, source: Source, run: RunFolder) -> Stage:
         store = self.config.store
         if isinstance(encoder, PrecomputedEmbeddingsConfig):
             return PrecomputedEmbeddingsStage(encoder, source, "captions", store.format, store.dtype, store.min_cosine)
         started = read_group_fingerprint(run, text_group(encoder.name))
-        sets = [captions.called for captions in self._further]
+        sets = [captions.called for captions in self._captions[1:]]
         return EncodeStage(encoder, store.format, store.dtype, store.min_cosine, started=started, caption_sets=sets)
 
     def _image_stage(self, encoder: AnyImageEmbedding, source: Source, run: RunFolder) -> Stage:
@@ -254,6 +313,9 @@ class Precompute(ShardedWorkflow):
         losses = {name: caption_losses(group["counters"]) for name, group in groups.items()}
         lines = {name: caption_losses_line(lost) for name, lost in losses.items() if lost}
         lines |= {name: line for name, group in groups.items() if (line := caption_sets_line(group["counters"]))}
+        by_group = {captions_group(each.name): each for each in self.config.captioners}
+        models = {name: each for name, each in by_group.items() if isinstance(each, ModelCaptionerConfig)}
+        costs = {name: captions_line(models[name], groups[name]["counters"]) for name in models if name in groups}
         filtered = summary.get("filtered", 0)
         ignored, unread = ignored_line(summary.get("ignored", {})), summary.get("unread_bytes", 0)
         return [
@@ -262,9 +324,10 @@ class Precompute(ShardedWorkflow):
             *([("duplicates", duplicates_line(found))] if (found := summary.get("duplicates")) else []),
             *([("crops", crops_line(crops))] if (crops := crops_of(groups[SAMPLES]["counters"])) else []),
             *([("filtered", f"{filtered:,} rows by source.where")] if filtered else []),
+            *((name, line) for name, line in costs.items() if line),
             *((name, line) for name, line in lines.items() if line),
             *((name, f"as int8: {quantisation_line(summary)}") for name, summary in summaries.items() if summary),
-            *(_retry_hint(summary) or _retry_step(summary, run)),
+            *(_retry_hint(summary) or _retry_step(summary, run, (SAMPLES, *models))),
             ("store", run.store_url),
             ("report", f"pipeline report {run.url}"),
             ("browse", f"pipeline browse {quote(run.url)}"),
@@ -326,9 +389,12 @@ _MOST_REASONS = 3
 """So many reasons are named in a command; more are `all`."""
 
 
-def _retry_step(summary: Mapping[str, Any], run: RunFolder) -> list[tuple[str, str]]:
-    """The command that tries the dropped rows again."""
-    drops = {reason: n for reason, n in summary["tally"]["groups"][SAMPLES]["drops"].items() if reason != REMOVED}
+def _retry_step(summary: Mapping[str, Any], run: RunFolder, groups: Sequence[str]) -> list[tuple[str, str]]:
+    """The command that tries the dropped rows of these groups again."""
+    drops: Counter[str] = Counter()
+    for group in groups:
+        drops.update(summary["tally"]["groups"].get(group, {}).get("drops", {}))
+    del drops[REMOVED]
     if not drops:
         return []
     reasons = ",".join(drops) if len(drops) <= _MOST_REASONS else "all"

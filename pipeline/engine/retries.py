@@ -65,8 +65,11 @@ class Retries:
         """Shard index -> rows that a later round tries again."""
         return retried_rows(self.run)
 
-    def begin_round(self, reasons: Sequence[str]) -> Counter[str]:
+    def begin_round(self, reasons: Sequence[str], others: Counter[str] | None = None) -> Counter[str]:
         """Makes a round of the rows dropped for one of `reasons` (or `all`, except `removed`) and not retried yet.
+
+        Args:
+            others: what `Plan.retry` has tried again.
 
         Returns:
             How many rows will be tried again, by reason.
@@ -75,9 +78,9 @@ class Retries:
             StaleOutputError: the source has changed since the drops were recorded.
             ConfigError: no dropped sample has one of the reasons.
         """
-        chosen: Counter[str] = Counter()
+        chosen = Counter(others)
         lines: list[dict[str, Any]] = []
-        others: set[str] = set()
+        found: set[str] = set()
         shard_size = 1
         for shard in self.all_shards():
             shard_size = max(shard_size, shard.num_rows)
@@ -86,14 +89,14 @@ class Retries:
             rows = shard.rows if drops else []
             for drop in drops:
                 row, reason = drop["row"], drop["reason"]
-                others.add(reason)
+                found.add(reason)
                 if reason != REMOVED and (reason in reasons or ALL in reasons):
                     chosen[reason] += 1
                     line = {"shard": shard.index, "row": row, "reason": reason, "source": rows[row]}
                     files = {name: path for name, path in shard.files.items() if name in rows[row]}
                     lines.append({**line, "files": files} if files else line)
-        if not lines and ALL not in reasons:
-            available = ", ".join(sorted(others)) or "none"
+        if not chosen and ALL not in reasons:
+            available = ", ".join(sorted(found)) or "none"
             raise ConfigError(
                 f"--retry-dropped {','.join(reasons)}: no dropped sample has it; available reasons: {available}"
             )

@@ -74,7 +74,8 @@ def _prepare(state: RunState, options: RunOptions) -> None:
     if options.restart and (plan.row_group in deleted or not retries.fit()):
         retries.delete()
     if options.retry_dropped:
-        retries.begin_round(options.retry_dropped)
+        others = plan.retry(run, options.retry_dropped) if plan.retry is not None else None
+        retries.begin_round(options.retry_dropped, others)
     run.storage.delete(SUMMARY)
     run.storage.delete_folder(run.failures)
 

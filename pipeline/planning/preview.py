@@ -57,13 +57,19 @@ def preview(
         },
         "out": str(out),
         "notices": list(plan.notices),
-        "outlook": dict(plan.outlook(found.samples)) if plan.outlook and found.samples else {},
+        "outlook": _outlook(plan, found),
         "disk": [] if options.profile else [asdict(room) for room in _rooms(plan, run, found, bytes_to_do, config)],
         "estimate": predict(plan, basis, bytes_to_do) if options.probe or options.profile else None,
     }
     if options.save:
         run.storage.write_json(ESTIMATE, {"time": round(time.time(), 3), **result})
     return result
+
+
+def _outlook(plan: Plan, found: Survey) -> dict[str, object]:
+    if plan.outlook is None or not found.samples:
+        return {}
+    return dict(plan.outlook(found.samples, {name: group.rows_to_do for name, group in found.groups.items()}))
 
 
 def _rooms(

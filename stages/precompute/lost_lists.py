@@ -13,10 +13,11 @@ from stages.sources.base import Source
 def lost_drops(run: RunFolder, shard: Shard, record: Record, source: Source) -> list[Drop]:
     """The dropped rows of a committed (group, shard), by row; only their details are lost.
 
-    `samples` files name the dropped input rows by reason; other groups exclude rows of `samples`, in their record.
+    `samples` files name the dropped input rows by reason; other groups name rows of `samples` in their
+    record.
     """
     keys = [source.identifiers(row)[0] for row in shard.rows]
-    rows: Mapping[str, Sequence[int]] = record.info.get("excluded_rows", {})
+    rows: Mapping[str, Sequence[int]] = record.info.get("excluded_rows") or record.info.get("rows_without", {})
     if record.group == SAMPLES:
         copy = run.proven_copy(record.file)
         try:

@@ -12,10 +12,12 @@ from pipeline.plan import Show
 from pipeline.stage import Group
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
+from stages.captioners.base import CaptionerConfig
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.find import Duplicates, find_duplicates
 from stages.precompute.embedding_files import SharedFiles
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
+from stages.precompute.captioning.make import identity_file
 from stages.sources.annotations import CaptionColumn
 from stages.stores import previous_header, run_removals
 
@@ -31,7 +33,7 @@ def build_manifest(
     duplicates: DuplicatesConfig | None = None,
     filtered: int = 0,
     show: Show = lambda _: None,
-    captions: Sequence[CaptionColumn] = (),
+    captions: Sequence[CaptionColumn | CaptionerConfig] = (),
 ) -> dict[str, object]:
     """Writes STORE/manifest.json for all groups that are finished for every shard of `samples` that did not fail.
 
@@ -44,7 +46,7 @@ def build_manifest(
         failed_shards: indices of shards with a group that failed; readers see none of their rows.
         duplicates: what is done about them; None does not look for any.
         show: shows how far the search for duplicates is.
-        captions: the sets of captions of the source, if they have names.
+        captions: the sets of captions, if they have names.
     Returns:
         Entries for the run's summary.
     Raises:
@@ -169,6 +171,8 @@ def _wants_null(config: dict[str, object]) -> bool:
 
 
 def _describe(run: RunFolder, group: str, config: dict[str, object]) -> dict[str, object]:
+    if config["kind"] == "captions":
+        return _with_model(run, config)
     if not _wants_null(config):
         return config
     shared = SharedFiles(run, group)
@@ -180,6 +184,15 @@ def _describe(run: RunFolder, group: str, config: dict[str, object]) -> dict[str
         taken_in = run.storage.read_json(f"{STORE}/{probe}")["environment"]
         described[store_format.PROBE] = {**entry, "environment": taken_in}
     return described
+
+
+def _with_model(run: RunFolder, config: dict[str, object]) -> dict[str, object]:
+    """A set of captions with what was found out about the model that wrote them."""
+    kept = run.storage.read_json(identity_file(str(config["set"])))
+    made_by = config.get("made_by")
+    if kept is None or not isinstance(made_by, dict):
+        return config
+    return {**config, "made_by": {**made_by, "found": kept["model"]}}
 
 
 def _all_removals(run: RunFolder, previous: dict[str, Any]) -> list[store_format.Removal]:

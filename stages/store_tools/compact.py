@@ -44,6 +44,7 @@ from pipeline.storage.disk import file_system_type
 from pipeline.storage.files import commit_file, file_digest, remove_temporaries, temporary_name
 from pipeline.storage.record import CommittedFile, Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
+from stages.captioners.answers import delete_all_answers
 from stages.precompute.fetch import ORIGINALS
 from stages.precompute.manifest import run_group
 from stages.precompute.originals import OriginalsReader, OriginalsWriter
@@ -114,6 +115,7 @@ def compact(
     check()
     if run is not None:
         _add_earlier_tries(run, result.removed_inputs)
+        delete_all_answers(run)
         _compact_originals(run, blocklist, len(removals), result)
         if source is not None:
             is_removed = lambda row: blocklist.blocks(*source.identifiers(row), None)  # noqa: E731

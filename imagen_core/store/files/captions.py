@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +23,28 @@ _SCHEMA = pa.schema(
 )
 
 
+_MADE_SCHEMA = pa.schema(
+    [
+        *_SCHEMA,
+        required("seeds", pa.list_(required("element", pa.int64()))),
+        required("finish_reasons", pa.list_(required("element", pa.string()))),
+    ]
+)
+"""Of captions that a model wrote."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowCaptions:
-    """The captions that a sample has of a set; `captions[k]` is row `ids[k]` of the set's text groups in the shard."""
+    """The captions that a sample has of a set; `captions[k]` is row `ids[k]` of the set's text groups in the shard.
+
+    Where a model wrote them, `seeds[k]` is the seed of the request and `finish_reasons[k]` why it ended, "" if that is
+    not known; they are empty otherwise.
+    """
 
     captions: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    finish_reasons: tuple[str, ...] = ()
 
 
 def number_captions(rows: Iterable[Sequence[str]]) -> list[RowCaptions]:
@@ -64,11 +80,15 @@ def write_captions(path: str | os.PathLike[str], keys: Sequence[str], rows: Sequ
         keys: of the samples, in the order of `samples`; each row has a digest that binds it to its sample.
     """
     digests = [captions_digest(key, row.captions) for key, row in zip(keys, rows, strict=True)]
-    values = ([row.captions for row in rows], [row.ids for row in rows], digests)
-    columns = [arrow_column(column, field.type) for column, field in zip(values, _SCHEMA, strict=True)]
-    with new_parquet(path, _SCHEMA, {}) as writer:
+    values: list[Sequence[Any]] = [[row.captions for row in rows], [row.ids for row in rows], digests]
+    schema = _SCHEMA
+    if any(row.seeds for row in rows):
+        schema = _MADE_SCHEMA
+        values += [[row.seeds for row in rows], [row.finish_reasons for row in rows]]
+    columns = [arrow_column(column, field.type) for column, field in zip(values, schema, strict=True)]
+    with new_parquet(path, schema, {}) as writer:
         if rows:
-            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=len(rows))
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
 
 
 def read_caption_columns(source: str | BinaryIO, name: str) -> pa.Table:
@@ -78,7 +98,12 @@ def read_caption_columns(source: str | BinaryIO, name: str) -> pa.Table:
         StoreError: it is missing, or not such a file.
     """
     with reading(name, "parquet", PARQUET_ERRORS):
-        return pq.ParquetFile(source).read(columns=["captions", "caption_ids"], use_threads=False)
+        return _read_columns(source, ["captions", "caption_ids"])
+
+
+def _read_columns(source: str | BinaryIO, columns: list[str]) -> pa.Table:
+    file = pq.ParquetFile(source)
+    return file.read(columns=[name for name in columns if name in file.schema_arrow.names], use_threads=False)
 
 
 class CaptionsFile:
@@ -97,12 +122,13 @@ class CaptionsFile:
             StoreError: it is missing, or not such a file.
         """
         with reading(name, "parquet", PARQUET_ERRORS):
-            table = read_caption_columns(source, name)
+            table = _read_columns(source, ["captions", "caption_ids", "seeds", "finish_reasons"])
             captions, ids = (table[column].combine_chunks() for column in ("captions", "caption_ids"))
             self.num_rows: int = table.num_rows
             self._first_caption, self._first_id = list_offsets(captions), list_offsets(ids)
             self._captions = Strings(captions.flatten())
             self._ids: list[int] = ids.flatten().to_pylist()
+            self._made = [table[n].to_pylist() for n in ("seeds", "finish_reasons") if n in table.column_names]
 
     def caption(self, row: int, number: int) -> str:
         """One of a sample's captions, by its index."""
@@ -116,9 +142,14 @@ class CaptionsFile:
         """A sample's captions."""
         return [self._captions[place] for place in range(self._first_caption[row], self._first_caption[row + 1])]
 
+    def row(self, row: int) -> RowCaptions:
+        """A sample's captions, with their ids and what made them."""
+        made = (tuple(column[row]) for column in self._made)
+        return RowCaptions(tuple(self.captions(row)), tuple(self.caption_ids(row)), *made)
+
     def rows(self) -> list[RowCaptions]:
         """All rows."""
-        return [RowCaptions(tuple(self.captions(row)), tuple(self.caption_ids(row))) for row in range(self.num_rows)]
+        return [self.row(row) for row in range(self.num_rows)]
 
 
 def read_captions(path: str | os.PathLike[str]) -> list[RowCaptions]:

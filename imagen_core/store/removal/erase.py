@@ -166,10 +166,12 @@ class ErasedShard:
 def _erased_captions(rows: Sequence[RowCaptions], removed: Collection[int]) -> list[RowCaptions]:
     alive = {i for number, row in enumerate(rows) if number not in removed for i in row.ids}
     left = [tuple(i for i in row.ids if i not in alive) for row in rows]
-    return [
-        RowCaptions(("",) * len(left[number]), left[number]) if number in removed else row
-        for number, row in enumerate(rows)
-    ]
+    return [_blank_captions(row, left[number]) if number in removed else row for number, row in enumerate(rows)]
+
+
+def _blank_captions(row: RowCaptions, ids: tuple[int, ...]) -> RowCaptions:
+    made = len(ids) if row.seeds else 0
+    return RowCaptions(("",) * len(ids), ids, (0,) * made, ("",) * made)
 
 
 def _blank(

@@ -12,6 +12,7 @@ import ssl
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import cache, partial
@@ -188,13 +189,13 @@ class FetchAttempt:
         return Refused(f"too_large: more than {self.config.max_bytes} bytes")
 
 
-def retry_after_s(headers: Message, now: float) -> float:
+def retry_after_s(headers: Message | Mapping[str, str], now: float) -> float:
     """Seconds that Retry-After asks for (RFC 9110, 10.2.3: seconds or a date); 0 where it says nothing one can read.
 
     Args:
         now: seconds since 1970.
     """
-    text = (headers["Retry-After"] or "").strip()
+    text = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     try:
