@@ -42,9 +42,11 @@ from stages.encoders.tiny import TINY_MODEL
 from stages.filters.base import Filter
 from stages.filters.registry import ALWAYS, AnyFilters
 from stages.filters.size import MaxPixels, blank_row, size_rejections
-from stages.precompute.captioning.costs import captions_line, expected_cost
 from stages.precompute.caption_losses import caption_losses, caption_losses_line
 from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line, may_be_samples
+from stages.precompute.captioning.costs import captions_line, expected_cost
+from stages.precompute.captioning.make import MakeCaptionsStage
+from stages.precompute.captioning.retry import retry_captions
 from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage, EncodePatchesStage
 from stages.precompute.encode_text import EncodeStage
@@ -53,11 +55,9 @@ from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from stages.precompute.images_config import ImagesConfig
 from stages.precompute.lost_lists import lost_drops
 from stages.precompute.make_arrays import array_stages
-from stages.precompute.captioning.make import MakeCaptionsStage
 from stages.precompute.manifest import build_manifest, check_store_group
 from stages.precompute.quantisation import quantisation_line, quantisation_summary
 from stages.precompute.resize import ResizeStage
-from stages.precompute.captioning.retry import retry_captions
 from stages.sources.annotations import AnnotationsConfig, CaptionColumn
 from stages.sources.base import Source
 from stages.sources.huggingface import HuggingfaceConfig

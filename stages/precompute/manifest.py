@@ -15,9 +15,9 @@ from pipeline.storage.run_folder import STORE, RunFolder
 from stages.captioners.base import CaptionerConfig
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.find import Duplicates, find_duplicates
+from stages.precompute.captioning.make import identity_file
 from stages.precompute.embedding_files import SharedFiles
 from stages.precompute.fetch import NUM_REMOVALS, ORIGINALS, SAMPLES
-from stages.precompute.captioning.make import identity_file
 from stages.sources.annotations import CaptionColumn
 from stages.stores import previous_header, run_removals
 

@@ -10,8 +10,8 @@ from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
 from stages.captioners.answers import AnswerLog, delete_answers
 from stages.captioners.base import question_seed
-from stages.precompute.fetch import SAMPLES
 from stages.precompute.captioning.make import TRIED, USED, MakeCaptionsStage, identity_file, log_identity
+from stages.precompute.fetch import SAMPLES
 
 _MOST_ATTEMPTS = 10_000
 
