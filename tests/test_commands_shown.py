@@ -35,6 +35,8 @@ ELSEWHERE = {
     "sources.md": "needs a table of scores; tests/workflows/test_where.py has one",
     "deepfloyd-if.md": "needs pipelines of DeepFloyd IF; tests/workflows/test_deepfloyd_if.py runs them on tiny ones",
     "patch-transformer.md": "trains large models; tests/workflows/test_patch_transformer.py has small ones",
+    "encoders.md": "needs image encoders; tests/stages/encoders/patches has tiny ones",
+    "captioners.md": "needs a server of captions; tests/workflows/test_captioners.py starts one",
     "import.md": "needs checkpoints of other systems; tests/stages/checkpoints writes some",
     "import-caches.md": "needs a cache of another trainer; tests/stages/store_tools/test_verify_given.py writes some",
     "first-model.md": "tests/test_docs.py runs the tutorial",

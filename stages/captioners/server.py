@@ -1,8 +1,6 @@
 """Asks servers for captions, many requests at once: one event loop in a thread of the worker."""
 
 import asyncio
-import base64
-import io
 import json
 import threading
 import time
@@ -13,15 +11,14 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from imagen_core.far import without_secrets
 from pipeline.errors import MachineError, UnavailableError
 from pipeline.stage import note_progress
 from stages.captioners.base import Answer, NextQuestion, Question
 from stages.captioners.budget import Budget
-from stages.captioners.openai import IMAGE_FORMAT, OpenaiCaptionerConfig
 from stages.captioners.replies import Again, Reply, read_reply
+from stages.captioners.server_config import ServerCaptionerConfig, data_url
+from stages.captioners.server_identity import identify
 
 if TYPE_CHECKING:
     import aiohttp
@@ -55,15 +52,13 @@ class _Server:
 class ServerCaptioner:
     """Asks the servers of a captioner; see `Captioner`."""
 
-    def __init__(self, config: OpenaiCaptionerConfig, key: str | None, budget: Budget):
+    def __init__(self, config: ServerCaptionerConfig, key: str | None, budget: Budget):
         """Finds out about the model.
 
         Raises:
             PipelineError: no server can be reached for as long as it is waited for, refuses the key, or has another
                 model than the others.
         """
-        from stages.captioners.server_identity import identify
-
         self.config, self.budget = config, budget
         self._key = key
         self._servers = [_Server(url) for url in config.urls]
@@ -296,10 +291,3 @@ def _close(loop: asyncio.AbstractEventLoop, session: "aiohttp.ClientSession") ->
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(close(), loop)
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as a data URL."""
-    file = io.BytesIO()
-    image.save(file, **IMAGE_FORMAT)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from pipeline.errors import MachineError
 from pipeline.fingerprint import differences
+from stages.captioners.base import Answer
+from stages.captioners.budget import Budget
+from stages.captioners.server_config import ServerCaptionerConfig, data_url
 
 if TYPE_CHECKING:
-    from stages.captioners.server import ServerCaptioner
+    import aiohttp
 
 _PROMPT = "Describe this image in one sentence."
 _MAX_TOKENS = 24
@@ -19,6 +22,19 @@ _OF_MODEL = ("id", "root", "max_model_len")
 """Fields of an entry of /v1/models that do not change from start to start."""
 _OF_SERVER = ("server", "openai-version")
 """Headers that say of which version a server is."""
+
+
+class Client(Protocol):
+    """Asks the servers."""
+
+    config: ServerCaptionerConfig
+    budget: Budget
+    session: "aiohttp.ClientSession"
+    named_by: dict[str, str | None]
+
+    async def ask(self, body: bytes, url: str, /) -> Answer:
+        """The answer of one server to a request."""
+        ...
 
 
 def probe_images() -> list[Image.Image]:
@@ -30,7 +46,7 @@ def probe_images() -> list[Image.Image]:
     return [Image.fromarray(gradient), Image.fromarray(disc)]
 
 
-async def identify(captioner: "ServerCaptioner", urls: list[str]) -> dict[str, Any]:
+async def identify(captioner: Client, urls: list[str]) -> dict[str, Any]:
     """Finds out who the servers are; each is asked twice about each image, with temperature 0.
 
     Returns:
@@ -49,9 +65,7 @@ async def identify(captioner: "ServerCaptioner", urls: list[str]) -> dict[str, A
     return found[0]
 
 
-async def _identify(captioner: "ServerCaptioner", url: str) -> dict[str, Any]:
-    from stages.captioners.server import data_url
-
+async def _identify(captioner: Client, url: str) -> dict[str, Any]:
     config = captioner.config
     texts: list[list[str]] = []
     for _ in range(2):
@@ -85,7 +99,7 @@ def _base(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2].casefold()
 
 
-async def _listed(captioner: "ServerCaptioner", url: str) -> tuple[dict[str, Any] | None, dict[str, str]]:
+async def _listed(captioner: Client, url: str) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """The model's entry in /v1/models, after the first request, before which some servers list none."""
     import aiohttp
 

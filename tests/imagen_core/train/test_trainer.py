@@ -21,7 +21,7 @@ from imagen_core.train.data.example import Example, make_example
 from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import BatchStream
 from imagen_core.train.evaluation import validation_metrics
-from imagen_core.train.loss import TrainingLoss
+from imagen_core.train.loss import Losses, TrainingLoss
 from imagen_core.train.parallel.world import World
 from tests.imagen_core.models.small import random_weights
 from tests.imagen_core.train.small import (
@@ -155,7 +155,7 @@ def test_weights_and_images_have_the_configured_memory_order(
     seen: list[tuple[bool, ...]] = []
     original = TrainingLoss.forward
 
-    def note(self: TrainingLoss, example: Example) -> torch.Tensor:
+    def note(self: TrainingLoss, example: Example) -> Losses:
         kernels = [p for p in self.denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
         tensors = [*kernels, example.x0]
         seen.append(tuple({t.is_contiguous(memory_format=torch.channels_last) for t in tensors}))

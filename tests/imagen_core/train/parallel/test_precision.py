@@ -10,6 +10,8 @@ import torch
 from imagen_core.sealed import read_sealed, write_sealed
 from imagen_core.train import NonFiniteLossError, train, trainer
 from imagen_core.train.checkpoints.checkpoint import checkpoints
+from imagen_core.train.data.example import Example
+from imagen_core.train.loss import Losses
 from imagen_core.train.parallel.precision import LossScale
 from tests.imagen_core.train.small import files, make_config, metrics, tensors
 
@@ -77,7 +79,12 @@ def test_steps_whose_gradients_overflow_are_left_out(
 def test_what_no_scale_can_help_is_an_error(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "LossScale", lambda: LossScale(1.0))
     original = trainer.TrainingLoss.forward
-    monkeypatch.setattr(trainer.TrainingLoss, "forward", lambda self, example: original(self, example) * torch.nan)
+
+    def forward(self: trainer.TrainingLoss, example: Example) -> Losses:
+        losses = original(self, example)
+        return losses._replace(diffusion=losses.diffusion * torch.nan)
+
+    monkeypatch.setattr(trainer.TrainingLoss, "forward", forward)
     with pytest.raises(NonFiniteLossError):
         train(make_config(store, batch_size=2, num_steps=1, precision="float16"), tmp_path)
 
