@@ -10,7 +10,7 @@ demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback
 	$(BIN)/pipeline verify $(DEMO)/store
 	$(BIN)/pipeline report $(DEMO)
 	$(BIN)/pipeline run train -c demo-base --out $(DEMO)/base
-	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr num_steps=800
+	$(BIN)/pipeline run train -c demo-sr --out $(DEMO)/sr
 	$(BIN)/pipeline run sample -c demo --out $(DEMO)/images
 	@echo "How often images of captions that training never saw have the right colour, shape and position:"
 	$(BIN)/python -m benchmarks.cascade --work $(DEMO) --trained
