@@ -5,18 +5,9 @@ from pathlib import Path
 import yaml
 
 from tests.commands import Result, call, precompute
+from tests.tiny_networks import EFFICIENT
 
-UNET = {
-    "family": "efficient",
-    "image_size_px": 16,
-    "embed_dim": 32,
-    "channel_mult": [1, 1],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "head_dim": 16,
-    "text_dim": 64,
-    "low_res": False,
-}
+UNET = EFFICIENT | {"text_dim": 64}
 COMMON = {
     "text": "t5",
     "num_steps": 6,

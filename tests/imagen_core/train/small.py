@@ -20,6 +20,7 @@ from imagen_core.train.data.stores import open_stores
 from imagen_core.train.data.stream import Batch, BatchStream
 from imagen_core.train.loss import TrainingLoss
 from imagen_core.train.parallel.world import World
+from tests import tiny_networks
 from tests.imagen_core.store.handmade_store import ORIGINALS, bucket_list
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -48,16 +49,7 @@ FLOW = {
     "loss_space": "velocity",
     "velocity_min_t": 0.05,
 }
-TRANSFORMER_UNET = {
-    "family": "transformer",
-    "image_size_px": 16,
-    "patch_px": 4,
-    "bottleneck_dim": 12,
-    "dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "text_dim": DIM,
-}
+TRANSFORMER_UNET = tiny_networks.TRANSFORMER | {"text_dim": DIM}
 TRANSFORMER = {"unet": TRANSFORMER_UNET, "size_px": 16}
 TRANSFORMER_SUPER = SUPER | {
     "unet": TRANSFORMER_UNET | {"image_size_px": 32, "low_res": True, "low_res_noise": True, "time": "shared"}

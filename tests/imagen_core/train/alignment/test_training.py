@@ -11,10 +11,12 @@ from pydantic import ValidationError
 from imagen_core.store import Store
 from imagen_core.train import TrainError, TrainingStopped, load_checkpoint, train
 from imagen_core.train.checkpoints.checkpoint import checkpoints
+from tests import tiny_networks
 from tests.imagen_core.train.processes import job, launched, newest, report
 from tests.imagen_core.train.small import (
     BASE,
     BASE_UNET,
+    DIM,
     TRANSFORMER,
     TRANSFORMER_UNET,
     changed,
@@ -26,33 +28,10 @@ from tests.imagen_core.train.small import (
     tensors,
 )
 
-EFFICIENT = {
-    "family": "efficient",
-    "image_size_px": 16,
-    "embed_dim": 32,
-    "channel_mult": [1, 1],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "head_dim": 16,
-    "text_dim": 8,
-    "low_res": False,
-}
-HYBRID = {
-    "family": "hybrid",
-    "image_size_px": 16,
-    "dim": 16,
-    "dim_mults": [1, 2],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "cross_attention_levels": [False, True],
-    "head_dim": 8,
-    "num_heads": 2,
-    "text_dim": 8,
-}
 FAMILIES: dict[str, tuple[dict[str, Any], int | str]] = {
     "regular": (BASE_UNET, "middle.0"),
-    "efficient": (EFFICIENT, "down.1.blocks.0"),
-    "hybrid": (HYBRID, "middle.0"),
+    "efficient": (tiny_networks.EFFICIENT | {"text_dim": DIM}, "down.1.blocks.0"),
+    "hybrid": (tiny_networks.HYBRID | {"text_dim": DIM}, "middle.0"),
     "transformer": (TRANSFORMER_UNET, 1),
     "class tokens": (TRANSFORMER_UNET | {"time": "token"}, "blocks.1"),
     "checkpointed": (TRANSFORMER_UNET | {"activation_checkpointing": True}, 1),

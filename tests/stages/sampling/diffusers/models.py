@@ -8,19 +8,10 @@ import torch
 from imagen_core.cascade import CascadeStage, SamplingConfig
 from imagen_core.diffusion import Denoiser, DenoiserConfig
 from imagen_core.train.checkpoints.checkpoint import write_checkpoint
+from tests import tiny_networks
 
 TEXT_DIM = 24
-EFFICIENT = {
-    "family": "efficient",
-    "image_size_px": 16,
-    "embed_dim": 32,
-    "channel_mult": [1, 1],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "head_dim": 16,
-    "text_dim": TEXT_DIM,
-    "low_res": False,
-}
+EFFICIENT = tiny_networks.EFFICIENT | {"text_dim": TEXT_DIM}
 REGULAR = {
     "family": "regular",
     "image_size_px": 16,
@@ -32,29 +23,8 @@ REGULAR = {
     "cond_dim": 32,
     "text_dim": TEXT_DIM,
 }
-HYBRID = {
-    "family": "hybrid",
-    "image_size_px": 16,
-    "dim": 16,
-    "dim_mults": [1, 2],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "cross_attention_levels": [False, True],
-    "max_text_tokens": 12,
-    "num_heads": 2,
-    "head_dim": 8,
-    "text_dim": TEXT_DIM,
-}
-TRANSFORMER = {
-    "family": "transformer",
-    "image_size_px": 16,
-    "patch_px": 4,
-    "bottleneck_dim": 12,
-    "dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "text_dim": TEXT_DIM,
-}
+HYBRID = tiny_networks.HYBRID | {"max_text_tokens": 12, "text_dim": TEXT_DIM}
+TRANSFORMER = tiny_networks.TRANSFORMER | {"text_dim": TEXT_DIM}
 SUPER = {"low_res": True, "low_res_noise": True}
 DISCRETE = {"schedule": {"kind": "discrete", "num_steps": 50, "beta": "cosine"}, "objective": "eps"}
 ENCODER = {
