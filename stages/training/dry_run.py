@@ -7,7 +7,9 @@ from imagen_core.diffusion import DenoiserConfig
 from imagen_core.store import Store, StoreError, array_group, captions_group, text_group
 from imagen_core.store.buckets import Shape
 from imagen_core.store.read.caption_choice import caption_shares
+from imagen_core.store.read.features import FeatureReader
 from imagen_core.train import TrainConfig, TrainError
+from imagen_core.train.alignment.projection import hidden_width, num_projector_parameters
 from imagen_core.train.data.store import stored_sizes, trained_shapes
 from imagen_core.train.data.stores import num_training_samples, open_stores
 from imagen_core.train.memory import estimate_memory
@@ -22,7 +24,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     """Parameters, memory of one process, and the data the run reads; `online`: it needs no embeddings of captions.
 
     Raises:
-        ConfigError: an adapter does not fit the model.
+        ConfigError: an adapter or an alignment does not fit the model.
     """
     denoiser = config.denoiser
     micro_batch = config.micro_batch_size or config.batch_size
@@ -39,6 +41,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             lora=config.lora,
             optimizer=config.optimizer,
         )
+        projector = _projector_parameters(config, online=online)
     except TrainError as error:
         raise ConfigError(str(error)) from error
     trained = memory.gradients // 4
@@ -53,6 +56,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
     needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
     needed += [array_group(name) for name in config.condition_images]
+    needed += [array_group(config.alignment.encoder)] if config.alignment else []
     image_bytes = sum(3 * size * size for size in sizes)
     return {
         "parameters": memory.weights // 4 - (trained if config.lora is not None else 0),
@@ -62,7 +66,8 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "optimizer_bytes": memory.optimizer,
         **_averages(config, memory.averages, trained),
         "activations_bytes": memory.activations,
-        "memory_bytes": memory.total,
+        **({} if projector is None else {"projector_parameters": projector, "projector_bytes": 16 * projector}),
+        "memory_bytes": memory.total + 16 * (projector or 0),
         "memory_is_for": f"one process, micro-batch {micro_batch}, {config.precision}, nothing sharded",
         "steps": config.num_steps,
         "batch_size": config.batch_size,
@@ -78,6 +83,24 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
         "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
+
+
+def _projector_parameters(config: TrainConfig, *, online: bool) -> int | None:
+    """Parameters of an alignment, which take 16 bytes each with gradients and AdamW's moments; None without one, and
+    without a store, which says how wide the features are.
+
+    Raises:
+        TrainError: the network has no such block.
+    """
+    if config.alignment is None or not isinstance(config.denoiser, DenoiserConfig):
+        return None
+    hidden_width(config.denoiser, config.alignment.block)
+    try:
+        store = next(iter(open_stores(config, online=online).values()))
+        dim = FeatureReader(store, config.alignment.encoder).dim
+    except (StoreError, TrainError):
+        return None
+    return num_projector_parameters(config.denoiser, config.alignment, dim)
 
 
 def _averages(config: TrainConfig, memory_bytes: int, trained: int) -> dict[str, object]:

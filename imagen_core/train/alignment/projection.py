@@ -137,6 +137,20 @@ def hidden_width(settings: DenoiserConfig, block: int | str) -> int:
     return widths[-1]
 
 
+def num_projector_parameters(settings: DenoiserConfig, config: AlignmentConfig, dim: int) -> int:
+    """Parameters that an alignment adds to a training.
+
+    Args:
+        dim: width of the features.
+    Raises:
+        TrainError: the network has no such block.
+    """
+    width = hidden_width(settings, config.block)
+    with torch.device("meta"):
+        projector = Alignment(config, Denoiser(settings).net, width, dim)
+    return sum(parameter.numel() for parameter in projector.parameters())
+
+
 def make_alignment(
     denoiser: Denoiser, config: TrainConfig, stores: Mapping[str, Store], device: torch.device
 ) -> Alignment | None:

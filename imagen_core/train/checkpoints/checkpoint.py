@@ -176,8 +176,10 @@ def refuse_other(
     encoder: dict[str, Any] | list[dict[str, Any]] | None,
     embed_encoders: dict[str, dict[str, Any]],
     lora: dict[str, Any] | None = None,
+    teacher: dict[str, Any] | None = None,
 ) -> None:
-    """Refuses to resume from a checkpoint of another model, adapter or base, or other embeddings.
+    """Refuses to resume from a checkpoint of another model, adapter or base, other embeddings or features. An
+    alignment may begin or end.
 
     Settings of the model that did not exist when the checkpoint was written count as their defaults; of encoders, what
     was not recorded then is not compared.
@@ -198,6 +200,8 @@ def refuse_other(
     encoders = [*zip_longest(each_encoder(state["encoder"]), each_encoder(encoder))] or [(None, None)]
     encoders += [(embeds.get(name), embed_encoders.get(name)) for name in sorted({*embeds, *embed_encoders})]
     compared += [("encoder", *comparable_records(*pair), same_store) for pair in encoders]
+    if teacher is not None and state.get("teacher") is not None:
+        compared.append(("image encoder of its alignment", state["teacher"], teacher, same_store))
     for what, theirs, mine, remedy in compared:
         changes = [change for change in changed_fields(theirs, mine) if not change.startswith(_MAY_CHANGE)]
         if changes:

@@ -82,6 +82,7 @@ class StateRecord(_ModelRecord):
     embed_encoders: dict[str, _EncoderRecord] = {}
     loss_scale: _LossScaleRecord | None = None
     lora: LoraRecord | None = None
+    teacher: dict[str, Any] | None = None
 
 
 class ExportRecord(_ModelRecord):

@@ -15,7 +15,7 @@ from imagen_core.train.errors import TrainError
 
 def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: OnlineEncoder | None) -> dict[str, Any]:
     """`encoder` of captions' tokens, None if the model reads none, a list where it reads several encoders;
-    `embed_encoders` of vectors, by setting.
+    `embed_encoders` of vectors, by setting; `teacher` of the features that an alignment reads.
 
     Stores that are mixed are of the same encoders, so the first one stands for all.
     """
@@ -30,7 +30,11 @@ def encoder_records(stores: Mapping[str, Store], config: TrainConfig, online: On
     else:
         tokens = [store.encoder_record(store.text_group(name), layers) for name, layers in config.texts.items()]
     several = isinstance(config.text, tuple)
-    return {"encoder": tokens if several else next(iter(tokens), None), "embed_encoders": embeds}
+    records = {"encoder": tokens if several else next(iter(tokens), None), "embed_encoders": embeds}
+    if config.alignment is not None:
+        features = store.array_group(config.alignment.encoder)
+        records["teacher"] = {"features": str(features.spec), "fingerprint": features.fingerprint}
+    return records
 
 
 def null_text(stores: Mapping[str, Store], config: TrainConfig, encode: Encode | None) -> Tensor | None:

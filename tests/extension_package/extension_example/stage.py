@@ -36,7 +36,7 @@ class BrightPixels(ArrayStageConfig):
         return self.measure
 
     def measure(self, samples: Iterable[Sample]) -> Iterator[Mapping[str, np.ndarray] | Rejection]:
-        """A stage with a model would load it in `build`, and take `itertools.batched(samples, 32)`."""
+        """A stage with a model would load it in `build`, and take `itertools.islice(samples, 32)` at a time."""
         for sample in samples:
             brightness = sample.images[self.from_px] @ LUMA  # (height, width), 0 to 255
             mean = brightness.mean()

@@ -1,5 +1,6 @@
 """Trainings with alignment: what is minimised, exact resume, several processes, what is saved and exported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from imagen_core.store import Store
-from imagen_core.train import TrainError, TrainingStopped, load_checkpoint, train
+from imagen_core.train import CheckpointMismatchError, TrainError, TrainingStopped, load_checkpoint, train
 from imagen_core.train.checkpoints.checkpoint import checkpoints
 from tests import tiny_networks
 from tests.imagen_core.train.processes import job, launched, newest, report
@@ -214,3 +215,14 @@ def test_flips_without_mirrored_features_and_crops_are_refused(tmp_path: Path) -
 
 def test_a_configuration_without_alignment_is_recorded_as_before(store: Path) -> None:
     assert "alignment" not in config(store, alignment=None).model_dump(mode="json")
+
+
+def test_a_training_does_not_resume_with_features_of_another_encoder(store: Path, tmp_path: Path) -> None:
+    train(config(store, num_steps=2), tmp_path)
+    newest_state = Path(newest(tmp_path)) / "state.json"
+    record = json.loads(newest_state.read_text())
+    assert record["teacher"]["fingerprint"] == Store.open(str(store)).array_group("dino").fingerprint
+    other = make_store(tmp_path / "other", features=6)
+    with pytest.raises(CheckpointMismatchError, match=r"another image encoder of its alignment: features: .*6"):
+        train(config(other, num_steps=4), tmp_path)
+    train(config(store, num_steps=4, alignment=None), tmp_path)
