@@ -218,3 +218,22 @@ def test_the_memory_of_an_adapter_is_that_of_its_own_gradients_and_moments(store
     assert (adapter.gradients, adapter.optimizer, adapter.averages) == (BYTES, 2 * BYTES, 2 * BYTES)
     assert adapter.weights == full.weights + BYTES
     assert 0 < adapter.activations < full.activations
+
+
+@pytest.mark.slow
+def test_averages_of_an_adapter_are_rebuilt_from_its_snapshots(base: Path, store: Path, tmp_path: Path) -> None:
+    def adapter(profiles: list[float], weights: str) -> dict[str, torch.Tensor]:
+        ema = {"rates": [], "profiles": profiles, "snapshot_every_steps": 1}
+        out = tmp_path / f"run-{len(profiles)}"
+        train(make_config(store, num_steps=20, **settings(base, ema=ema)), out)
+        found = load_checkpoint(out, weights, LoraUseConfig(merge=False)).denoiser.state_dict()
+        return {name: values for name, values in found.items() if "lora_" in name}
+
+    tracked, rebuilt = adapter([0.1], "power-0.1"), adapter([0.05, 0.2], "power-0.1")
+    assert len(tracked) == 2 * LAYERS
+    newest_of = adapter([0.1], "model")
+    for name, values in tracked.items():
+        apart, size = (torch.linalg.vector_norm(each) for each in (rebuilt[name] - values, values))
+        assert apart < 1e-3 * size
+        if "lora_B" in name:
+            assert apart < 0.05 * torch.linalg.vector_norm(newest_of[name] - values)

@@ -303,6 +303,14 @@ def test_a_missing_checkpoint_and_settings_for_other_stages_are_refused(tmp_path
     )
 
 
+def test_a_guide_is_refused_as_an_exported_stage_has_one_model(tmp_path: Path) -> None:
+    place = save(tmp_path / "base", denoiser(REGULAR), ENCODER)
+    config = tmp_path / "guided.yaml"
+    config.write_text(yaml.safe_dump({"stages": [{"checkpoint": place, "guide": {"checkpoint": place}}]}))
+    said = refused(tmp_path, place, "--sampling", str(config))
+    assert "stages.0.guide: an exported stage has one model; leave guide" in said
+
+
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
