@@ -59,9 +59,13 @@ class Condition:
         ImportError: sqlglot is not installed.
     """
 
-    def __init__(self, text: str, field: str = "where"):
-        """`field`: what messages call the condition."""
-        self.text, self.field = text, field
+    def __init__(self, text: str, field: str = "where", dotted: bool = False):
+        """
+        Args:
+            field: what messages call the condition.
+            dotted: names such as `clip_score.long` are those of columns; else they are refused.
+        """
+        self.text, self.field, self.dotted = text, field, dotted
         self._numbers: dict[str, bool] = {}
         self._others: dict[str, pa.DataType] = {}
         self._compared: list[set[str]] = []
@@ -74,8 +78,8 @@ class Condition:
         for _ in self._compared:
             self._share_kinds()
 
-    def __reduce__(self) -> tuple[type["Condition"], tuple[str, str]]:
-        return Condition, (self.text, self.field)
+    def __reduce__(self) -> tuple[type["Condition"], tuple[str, str, bool]]:
+        return Condition, (self.text, self.field, self.dotted)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -152,7 +156,7 @@ class Condition:
         if kind == "Boolean":
             return pc.scalar(bool(node.this))
         if kind == "Column":
-            self._others[node.name] = pa.bool_()
+            self._others[_name(node)] = pa.bool_()
             return self._value(node, is_number=False)
         found = self._predicate(kind, node)
         return ~found if node.args.get("negate") else found
@@ -183,7 +187,7 @@ class Condition:
         nodes = [_plain(node) for node in nodes]
         are_columns = all(_kind(node) == "Column" for node in nodes)
         is_number = any(map(self._is_computed, nodes)) or (ordered and are_columns and len(nodes) > 1)
-        names = {node.name for node in nodes if _kind(node) == "Column"}
+        names = {_name(node) for node in nodes if _kind(node) == "Column"}
         is_text = any(_kind(node) == "Literal" and node.is_string for node in nodes)
         if is_text or any(_kind(node) == "Boolean" for node in nodes):
             self._others.update(dict.fromkeys(names, pa.string() if is_text else pa.bool_()))
@@ -199,10 +203,11 @@ class Condition:
         node = _plain(node)
         kind = _kind(node)
         if kind == "Column":
-            if any(node.args.get(part) for part in ("table", "db", "catalog")):
+            name = _name(node)
+            if len(node.parts) > 1 and not self.dotted:
                 raise _unsupported(node, "is a path into nested columns, which is not supported")
-            self._numbers[node.name] = self._numbers.get(node.name, False) or is_number
-            return pc.field(node.name)
+            self._numbers[name] = self._numbers.get(name, False) or is_number
+            return pc.field(name)
         if kind == "Literal":
             return pc.scalar(node.this if node.is_string else float(node.this))
         if kind == "Boolean":
@@ -250,6 +255,11 @@ def _kind(node: Any, *, check: bool = True) -> str:
     return kind
 
 
+def _name(node: Any) -> str:
+    """The name of a column."""
+    return ".".join(part.name for part in node.parts)
+
+
 def _plain(node: Any) -> Any:
     while _kind(node) == "Paren":
         node = node.this
@@ -282,7 +292,7 @@ def _bound(kind: str, column: Any, limit: Any) -> Iterator[tuple[str, Callable[[
     sign = -1 if _kind(limit) == "Neg" else 1
     limit = limit.this if sign < 0 else limit
     if kind in _EXCLUDED and _kind(column) == "Column" and _kind(limit) == "Literal" and not limit.is_string:
-        yield column.name, partial(_EXCLUDED[kind], sign * float(limit.this))
+        yield _name(column), partial(_EXCLUDED[kind], sign * float(limit.this))
 
 
 def _first_line(error: Exception) -> str:

@@ -104,8 +104,8 @@ class PrecomputeConfig(WorkflowConfig):
     """Image encoders; each encodes the images of a stored size, and makes its own group, or with kind=auto arrays of
     patch features."""
     stages: tuple[AnyArrayStage, ...] = ()
-    """Stages of other packages that add arrays to the store (scores, masks, latents), in this order; each can be added
-    later."""
+    """Stages that add arrays to the store (scores, masks, latents), in this order; each can be added later. All but
+    `clip_score` are of other packages."""
     store: StoreConfig = StoreConfig()
     """The files of the store."""
     duplicates: DuplicatesConfig | None = None
@@ -263,7 +263,8 @@ class Precompute(ShardedWorkflow):
             *(self._text_stage(encoder, source, run) for encoder in config.encoders),
             *(self._image_stage(encoder, source, run) for encoder in config.image_encoders),
         )
-        return (*stages, *array_stages(config.stages, config.store.format, stages))
+        sets = [captions.called for captions in self._captions] or [ORIGINAL_CAPTIONS]
+        return (*stages, *array_stages(config.stages, config.store.format, stages, sets))
 
     def _outlook(
         self, run: RunFolder, source: Source, shards: Sequence[Shard], rows_to_do: Mapping[str, float]

@@ -17,7 +17,13 @@ class ClipScore:
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
-    """Mean of max(100 cos, 0) over pairs of rows of image and text embeddings (n, d), which are normalised here.
+    """Mean of max(100 cos, 0) over pairs of rows of image and text embeddings (n, d); see `similarities`."""
+    scores = (100 * similarities(images, texts)).clip(min=0)
+    return ClipScore(float(scores.mean()), float(scores.std() / np.sqrt(len(scores))))
+
+
+def similarities(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Cosines of pairs of rows of image and text embeddings (n, d), which are normalised here: float64 (n,).
 
     Raises:
         ValueError: other shapes, rows that are not finite or zero.
@@ -27,9 +33,7 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> ClipScore:
     check_pair(images, texts)
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} image and {len(texts)} text embeddings; give one text per image")
-    cosines = (_normalised("image", images) * _normalised("text", texts)).sum(axis=1)
-    scores = (100 * cosines).clip(min=0)
-    return ClipScore(float(scores.mean()), float(scores.std() / np.sqrt(len(scores))))
+    return (_normalised("image", images) * _normalised("text", texts)).sum(axis=1)
 
 
 def _normalised(name: str, rows: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """What a stage of another package is that adds arrays to a store: scores, masks, latents."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from imagen_core.store import ArraySpec, Sample
+from imagen_core.store import ArraySpec, Group, Sample
 from pipeline.config import Config
 from pipeline.stage import Resources
 from stages.filters.base import Rejection
@@ -17,10 +17,25 @@ an array without axes, such as `np.float32(1)`. Or why it has none: the sample i
 counted as a drop."""
 
 
-class ArrayStageConfig(Config):
-    """One stage. Its configuration is part of the fingerprint of its groups, `array-NAME` for each array."""
+class StageConfig(Config):
+    """An entry of `stages`."""
 
     kind: str
+
+    @abstractmethod
+    def stages(self, caption_sets: Sequence[str]) -> "Sequence[ArrayStageConfig]":
+        """The stages that it stands for.
+
+        Args:
+            caption_sets: that the store will have, that of `samples` first.
+        Raises:
+            ValueError: there is no such stage.
+        """
+
+
+class ArrayStageConfig(StageConfig):
+    """One stage. Its configuration is part of the fingerprint of its groups, `array-NAME` for each array."""
+
     version: ClassVar[int] = 1
     """Raised when the code changes what it makes of the same configuration and samples."""
     machine_fields: ClassVar[frozenset[str]] = frozenset()
@@ -40,10 +55,22 @@ class ArrayStageConfig(Config):
             PipelineError: no shard can succeed (model files or a package are missing); ends the run.
         """
 
+    def stages(self, caption_sets: Sequence[str]) -> "Sequence[ArrayStageConfig]":
+        return (self,)
+
     def reads(self) -> tuple[str, ...]:
         """Groups of the store that the samples shall have beside their captions and metadata, such as `images-64`,
-        `text-t5` or an `array-NAME` of an earlier stage."""
+        `text-t5`, `captions-long` and `text-t5-long` of a further set of captions, or an `array-NAME` of an earlier
+        stage."""
         return ()
+
+    def check(self, groups: Mapping[str, Group]) -> None:
+        """Called before the run with the groups that it reads, by name.
+
+        Raises:
+            ValueError: they are not what it needs.
+        """
+        return
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that decides the arrays, as JSON. A stage with a model adds a digest of its weights."""

@@ -15,6 +15,8 @@ from stages.captioners.budget import Used
 from stages.captioners.checks import ChecksConfig
 from stages.captioners.prompt import parse_prompt
 
+_MOST_ATTEMPTS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -146,6 +148,11 @@ def question_seed(seed: int, key: str, attempt: int) -> int:
     """The seed of a request, 0 to 2**31 - 1."""
     digest = hashlib.sha256(f"{seed}\n{attempt}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "little") >> 1
+
+
+def attempt_of(seed: int, key: str, request_seed: int) -> int | None:
+    """The attempt whose request had a seed, from 0; None if none of the first 10,000 had it, as after an erasure."""
+    return next((n for n in range(_MOST_ATTEMPTS) if question_seed(seed, key, n) == request_seed), None)
 
 
 def fitted(image: Image.Image, image_px: int) -> Image.Image:

@@ -1,13 +1,16 @@
-"""Runs the stages of other packages that add arrays to the store."""
+"""Runs the stages that add arrays to the store, most of other packages."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
 from imagen_core.store import (
     ArrayGroup,
+    CaptionsFile,
     CaptionsGroup,
+    EmbeddingGroup,
     ImageEmbedGroup,
     ImagesGroup,
     Sample,
@@ -18,6 +21,7 @@ from imagen_core.store import (
     array_group,
     array_shard_bytes,
     blank_key,
+    captions_group,
     file_suffix,
     open_array_writer,
     open_arrays,
@@ -31,7 +35,7 @@ from imagen_core.store import Group as StoreGroup
 from pipeline.errors import ConfigError
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
-from stages.arrays.base import ArrayStageConfig, MakeArrays
+from stages.arrays.base import ArrayStageConfig, MakeArrays, StageConfig
 from stages.filters.base import Rejection
 from stages.precompute.fetch import SAMPLES
 
@@ -51,7 +55,8 @@ class ArrayStage(Stage):
             readable: the groups of earlier stages.
             field: of the configuration, for messages.
         Raises:
-            ConfigError: no array, an array without a legal name, or a group that is not made before.
+            ConfigError: no array, an array without a legal name, or a group that is not made before, or not as the
+                stage needs it.
         """
         self.config = config
         self.store_format: StoreFormat = store_format
@@ -66,7 +71,11 @@ class ArrayStage(Stage):
                 f"{field}: kind {config.kind} reads {missing[0]}, which no earlier stage makes; it can read "
                 f"{', '.join(readable)}"
             )
-        self.read_groups = [readable[name] for name in dict.fromkeys(config.reads())]
+        self.read_groups = [readable[name] for name in dict.fromkeys(_with_captions(config.reads(), readable))]
+        try:
+            config.check({group.name: group for group in self.read_groups})
+        except ValueError as error:
+            raise ConfigError(f"{field}: kind {config.kind}: {error}") from error
         self.fingerprint = config.fingerprint()
         self.name = f"make-{'+'.join(config.arrays())}"
         self.inputs = (SAMPLES, *(group.name for group in self.read_groups))
@@ -157,17 +166,22 @@ class ArrayStage(Stage):
     def _samples(self, task: Task, rows: Sequence[SampleRow], left: Sequence[int]) -> Iterator[Sample]:
         """The samples of the rows that are left, with what the stage reads."""
         readers = [(group, _reader(task, group)) for group in self.read_groups]
+        kinds = (ImagesGroup, TextGroup, ImageEmbedGroup, ArrayGroup, CaptionsGroup, SetTextGroup)
         for number in left:
             row = rows[number]
-            parts: dict[type, dict] = {ImagesGroup: {}, TextGroup: {}, ImageEmbedGroup: {}, ArrayGroup: {}}
+            parts: dict[type, dict[Any, Any]] = {kind: {} for kind in kinds}
             for group, read in readers:
                 name, value = read(number, row)
-                parts[type(group)][name] = value
-            images, text, embeds, arrays = parts.values()
+                part = parts[type(group)]
+                if isinstance(group, SetTextGroup):
+                    part.setdefault(group.caption_set, {})[name] = value
+                else:
+                    part[name] = value
+            images, text, embeds, arrays, caption_sets, set_texts = parts.values()
             about = (row.key, list(row.captions), row.url, row.sha256, row.width, row.height)
-            yield Sample(
-                *about, images, text, embeds, row.transcription, row.safebox, row.label, arrays, dict(row.columns)
-            )
+            annotations = (row.transcription, row.safebox, row.label)
+            columns = dict(row.columns)
+            yield Sample(*about, images, text, embeds, *annotations, arrays, columns, caption_sets, set_texts)
 
     def estimate_bytes(self, group: str, num_rows: int) -> int | None:
         return array_shard_bytes(self.specs[group][1], num_rows)
@@ -186,32 +200,58 @@ def _reader(task: Task, group: StoreGroup) -> Callable[[int, SampleRow], tuple[i
     if isinstance(group, ArrayGroup):
         arrays = open_arrays(path, path, group)
         return lambda number, _: (group.array, arrays.value(number))
-    assert isinstance(group, TextGroup | ImageEmbedGroup)
+    if isinstance(group, CaptionsGroup):
+        captions = CaptionsFile(path, path)
+        return lambda number, _: (group.caption_set, captions.captions(number))
+    assert isinstance(group, EmbeddingGroup)
     file = open_embeddings(path, path, group)
     if isinstance(group, TextGroup):
         return lambda _, row: (group.encoder, [restore(file.stored(i), group.dtype) for i in row.caption_ids])
+    if isinstance(group, SetTextGroup):
+        of = str(task.input(captions_group(group.caption_set)))
+        ids = CaptionsFile(of, of)
+        return lambda number, _: (
+            group.encoder,
+            [restore(file.stored(i), group.dtype) for i in ids.caption_ids(number)],
+        )
     return lambda number, _: (group.encoder, restore(file.stored(number), group.dtype)[0])
 
 
-def array_stages(
-    configs: Sequence[ArrayStageConfig], store_format: StoreFormat, earlier: Sequence[Stage]
-) -> list[ArrayStage]:
-    """The stages of other packages, each of which may read what earlier ones make.
+def _with_captions(names: Sequence[str], readable: Mapping[str, StoreGroup]) -> Iterator[str]:
+    """The groups, each of embeddings of a further set of captions behind that set."""
+    for name in names:
+        group = readable[name]
+        if isinstance(group, SetTextGroup):
+            yield captions_group(group.caption_set)
+        yield name
 
+
+def array_stages(
+    configs: Sequence[StageConfig], store_format: StoreFormat, earlier: Sequence[Stage], caption_sets: Sequence[str]
+) -> list[ArrayStage]:
+    """The stages that add arrays, each of which may read what earlier ones make.
+
+    Args:
+        caption_sets: that the store will have, that of `samples` first.
     Raises:
-        ConfigError: like `ArrayStage`, or two of them make one array.
+        ConfigError: like `ArrayStage`, a set that there is not, or two of them make one array.
     """
     result: list[ArrayStage] = []
-    for number, config in enumerate(configs):
-        made = [group for stage in [*earlier, *result] for group in stage.groups if not group.transient]
-        parsed = {group.name: parse_group(group.name, dict(group.config)) for group in made if group.name != SAMPLES}
-        readable = {
-            name: group for name, group in parsed.items() if not isinstance(group, CaptionsGroup | SetTextGroup)
-        }
-        stage = ArrayStage(config, store_format, readable, f"stages.{number}")
-        if twice := [group for group in stage.specs if group in readable]:
-            raise ConfigError(
-                f"stages.{number}: kind {config.kind} makes {twice[0]}, as an earlier stage does; name it otherwise"
-            )
-        result.append(stage)
+    for number, entry in enumerate(configs):
+        try:
+            expanded = entry.stages(caption_sets)
+        except ValueError as error:
+            raise ConfigError(f"stages.{number}.{error}") from error
+        for config in expanded:
+            made = [group for stage in [*earlier, *result] for group in stage.groups if not group.transient]
+            readable = {
+                group.name: parse_group(group.name, dict(group.config)) for group in made if group.name != SAMPLES
+            }
+            stage = ArrayStage(config, store_format, readable, f"stages.{number}")
+            if twice := [group for group in stage.specs if group in readable]:
+                raise ConfigError(
+                    f"stages.{number}: kind {config.kind} makes {twice[0]}, as an earlier stage does; name it "
+                    "otherwise"
+                )
+            result.append(stage)
     return result

@@ -26,6 +26,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import QUARANTINE, RunFolder
 from stages.duplicates.find import read_duplicates
+from stages.store_tools.caption_origins import caption_origins, made_line, origin_line
 from stages.store_tools.dropped import drops_of_url
 
 _ANNOTATIONS = ("transcription", "safebox", "label")
@@ -53,7 +54,8 @@ def lineage_command(
     except StoreError as error:
         raise ConfigError(str(error)) from error
     problems: list[str] = []
-    found = list(_stored(store, folder, removals, name, value, problems)) or list(_removed(removals, name, value))
+    stored = _stored(store, folder, run, removals, name, value, problems)
+    found = list(stored) or list(_removed(removals, name, value))
     if run is not None and found:
         _add_duplicates(run, found)
     if run is not None and name == "key":
@@ -78,7 +80,13 @@ def _add_duplicates(run: RunFolder, found: list[dict[str, Any]]) -> None:
 
 
 def _stored(
-    store: Store, folder: StoreFolder, removals: list[Removal], name: str, value: str, problems: list[str]
+    store: Store,
+    folder: StoreFolder,
+    run: RunFolder | None,
+    removals: list[Removal],
+    name: str,
+    value: str,
+    problems: list[str],
 ) -> Iterator[dict[str, Any]]:
     """The samples in the store; files that are not as they were written are named in `problems`."""
     for position in range(store.manifest.num_shards):
@@ -87,26 +95,32 @@ def _stored(
                 entry = store.manifest.file(SAMPLES_GROUP, position)
                 assert entry is not None
                 folder.check_bytes(entry)
-                yield from list(_stored_in(store, position, removals, name, value))
+                yield from list(_stored_in(store, run, position, removals, name, value))
             except StoreError as error:
                 problems.append(str(error))
 
 
 def _stored_in(
-    store: Store, position: int, removals: list[Removal], name: str, value: str
+    store: Store, run: RunFolder | None, position: int, removals: list[Removal], name: str, value: str
 ) -> Iterator[dict[str, Any]]:
     samples = store.shard(position).samples
     for row, _ in matching_rows(samples, {name: (value,)}):
-        yield stored_row(store, position, row) | _removal_of(removals, int(store.manifest.index[position]), row)
+        yield stored_row(store, position, row, run) | _removal_of(removals, int(store.manifest.index[position]), row)
 
 
-def stored_row(store: Store, position: int, row: int) -> dict[str, Any]:
-    """What became of one row of a store: its source, its captions and, by group, its files, rows, shapes and encoder.
+def stored_row(store: Store, position: int, row: int, run: RunFolder | None = None) -> dict[str, Any]:
+    """What became of one row of a store: its source, its captions, who wrote them and, by group, its files, rows,
+    shapes and encoder.
 
+    Args:
+        run: the run around the store, if there is one.
     Raises:
         StoreError: a file of the row is missing or unreadable.
+        ConfigError: like `caption_origins`.
     """
     manifest, sample = store.manifest, store.shard(position).samples.row(row)
+    origins = caption_origins(store, position, row, run)
+    sets = {name: [caption["text"] for caption in origins[name]["captions"]] for name in manifest.captions}
     reason = manifest.excluded.get(position, {}).get(row)
     return {
         "fate": "stored" if reason is None else "excluded",
@@ -123,7 +137,8 @@ def stored_row(store: Store, position: int, row: int) -> dict[str, Any]:
         **{name: value for name in _ANNOTATIONS if (value := getattr(sample, name)) is not None},
         **({"columns": dict(sample.columns)} if sample.columns else {}),
         "captions": [{"id": i, "text": c} for i, c in zip(sample.caption_ids, sample.captions, strict=True)],
-        **({"caption_sets": sets} if (sets := _caption_sets(store, position, row)) else {}),
+        **({"caption_sets": sets} if sets else {}),
+        "written_by": origins,
         "groups": _groups(store, position, row, sample.caption_ids),
     }
 
@@ -160,12 +175,6 @@ def _groups(store: Store, position: int, row: int, caption_ids: tuple[int, ...])
             details |= {"shapes": [list(shape)], "dtype": group.spec.dtype, "made_by": group.fingerprint.get("kind")}
         result[name] = details
     return result
-
-
-def _caption_sets(store: Store, position: int, row: int) -> dict[str, list[str]]:
-    """The captions of further sets."""
-    files = store.shard(position)
-    return {name: files.caption_sets[name].captions(row) for name in store.manifest.captions}
 
 
 def _opened(files: OpenShard, group: EmbeddingGroup) -> EmbeddingFile:
@@ -241,9 +250,7 @@ def _lines(entry: dict[str, Any]) -> list[str]:
         of = same_as["key"] if "key" in same_as else f"{same_as['name']} of {same_as['place']}"
         lines.append(f"  duplicate  {duplicate['reason']} of {of}")
     lines += [f"  {name:<10} {entry[name]!r}" for name in _ANNOTATIONS if name in entry]
-    lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
-    for name, captions in entry.get("caption_sets", {}).items():
-        lines += [f"  caption of {name}  {caption!r}" for caption in captions] or [f"  no caption of {name}"]
+    lines += _caption_lines(entry)
     for name, group in entry["groups"].items():
         rows = ", ".join(map(str, group["rows"]))
         text = f"  {name:<10} {group['file']} row {rows}"
@@ -253,4 +260,21 @@ def _lines(entry: dict[str, Any]) -> list[str]:
             by = group.get("made_by") or f"{encoder.get('model')}, revision {encoder.get('revision')}"
             text += f": {shapes} {group['dtype']} by {by}"
         lines.append(text)
+    return lines
+
+
+def _caption_lines(entry: dict[str, Any]) -> list[str]:
+    """The captions of all sets, each set with who wrote it."""
+    lines: list[str] = []
+    further = entry.get("caption_sets", {})
+    for name, origin in entry["written_by"].items():
+        if name not in further:
+            lines += [f"  caption {caption['id']}  {caption['text']!r}" for caption in entry["captions"]]
+        elif not origin["captions"]:
+            lines.append(f"  no caption of {name}")
+        for caption in origin["captions"] if name in further else ():
+            lines.append(f"  caption of {name}  {caption['text']!r}")
+            lines += [f"      {line}" for line in [made_line(caption)] if line]
+        lines += [f"      {line}" for line in [origin_line(origin)] if line]
+        lines += [f"      prompt {origin['prompt']!r}"] if "prompt" in origin else []
     return lines

@@ -54,6 +54,15 @@ def arrow_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [validity, _offsets(map(len, data)), pa.py_buffer(b"".join(data))])
 
 
+def numbers_column(values: np.ndarray, valid: np.ndarray | None = None) -> pa.Array:
+    """`pa.array` of numbers (n,), as int64 or float64; NULL where `valid`, bool (n,), is false."""
+    is_float = values.dtype.kind == "f"
+    values = np.ascontiguousarray(values, np.float64 if is_float else np.int64)
+    validity = None if valid is None else _bits(valid)
+    kind = pa.float64() if is_float else pa.int64()
+    return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(values)])
+
+
 def as_numpy(numbers: pa.Array) -> np.ndarray:
     """Integers without NULL, as a read-only view."""
     kind = np.dtype(str(numbers.type))
@@ -67,5 +76,5 @@ def _offsets(lengths: Any) -> pa.Buffer:
     return pa.py_buffer(array("i", accumulate(lengths, initial=0)))
 
 
-def _bits(values: Sequence[bool]) -> pa.Buffer:
+def _bits(values: Sequence[bool] | np.ndarray) -> pa.Buffer:
     return pa.py_buffer(np.packbits(np.array(values, np.bool_), bitorder="little"))

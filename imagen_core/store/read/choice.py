@@ -1,4 +1,4 @@
-"""Chooses samples by a condition on the columns of `samples`."""
+"""Chooses samples by a condition on the columns of `samples`, lengths of captions and arrays of numbers."""
 
 from collections.abc import Mapping
 
@@ -26,30 +26,32 @@ _KEPT_TYPES: Mapping[ColumnType, pa.DataType] = {
 }
 
 
-def store_condition(text: str, columns: Mapping[str, ColumnType], store: str) -> Condition:
+def store_condition(
+    text: str, columns: Mapping[str, ColumnType], computed: Mapping[str, pa.DataType], store: str
+) -> Condition:
     """A condition on the samples of a store.
 
     Args:
         columns: those that were kept of the source.
+        computed: types of the `computed_columns`; of equal names those of `samples` count.
         store: its name in messages.
     Raises:
         ConditionError: it does not parse, or does not fit the columns.
         ImportError: sqlglot is not installed.
     """
-    condition = Condition(text)
+    condition = Condition(text, dotted=True)
     if not condition.columns:
         raise ConditionError(f"where: {text!r} names no column; compare a column with something")
-    condition.check({**OWN_TYPES, **{name: _KEPT_TYPES[kind] for name, kind in columns.items()}}, store)
+    kept = {name: _KEPT_TYPES[kind] for name, kind in columns.items()}
+    further = {name: kind for name, kind in computed.items() if name not in (*OWN_TYPES, *kept)}
+    condition.check({**OWN_TYPES, **kept, **further}, store)
     return condition
 
 
-def chosen_rows(condition: Condition, table: pa.Table) -> np.ndarray:
-    """Which rows of a shard the condition chooses, bool; `table` has its columns, NULL-typed where it has none."""
-    kinds = {name: table.schema.field(name).type for name in condition.columns}
-    cells = [
-        table[name].cast(OWN_TYPES.get(name, pa.float64())) if pa.types.is_null(kind) else table[name]
-        for name, kind in kinds.items()
-    ]
-    chosen = np.zeros(table.num_rows, np.bool_)
-    chosen[condition.places(cells, table.num_rows)] = True
+def chosen_rows(condition: Condition, columns: Mapping[str, pa.Array | pa.ChunkedArray], num_rows: int) -> np.ndarray:
+    """Which rows of a shard the condition chooses, bool; its columns are NULL-typed where the shard has none."""
+    cells = [(name, columns[name]) for name in condition.columns]
+    typed = [c.cast(OWN_TYPES.get(name, pa.float64())) if pa.types.is_null(c.type) else c for name, c in cells]
+    chosen = np.zeros(num_rows, np.bool_)
+    chosen[condition.places(typed, num_rows)] = True
     return chosen

@@ -22,7 +22,8 @@ from imagen_core.store.files.shard import EmbeddingFile, open_embeddings
 from imagen_core.store.folder import StoreFolder
 from imagen_core.store.layout import REMOVED, SAMPLES_GROUP, ColumnType, StoreDtype
 from imagen_core.store.manifest import Manifest
-from imagen_core.store.read.choice import chosen_rows, store_condition
+from imagen_core.store.read.choice import OWN_TYPES, chosen_rows, store_condition
+from imagen_core.store.read.computed import computed_columns
 from imagen_core.store.read.generations import Generations
 from imagen_core.store.read.places import AllPlaces, ChosenPlaces, Places
 from imagen_core.store.records import (
@@ -237,22 +238,28 @@ class StoreReader:
             store.where("aesthetic >= 6 and width >= 512")
 
         Length, indices, loaders and their states are those of the chosen samples. A condition may name the kept
-        columns and key, url, sha256, width, height, label and transcription; its language is that of `source.where`
-        (see the docs, "Choose rows"). Of the files only the columns that it names are read, once.
+        columns; key, url, sha256, width, height, label and transcription; `caption_tokens.SET` (see
+        `computed_columns`); and arrays that are numbers. Its language is that of `source.where` (see the docs, "Choose
+        rows"). Of the files only what it names is read, once.
 
         Raises:
             ConditionError: a ValueError: it does not parse, or does not fit the columns.
             ImportError: sqlglot is not installed.
             StoreError: a file is missing or unreadable.
         """
-        parsed = store_condition(condition, self.columns, self._folder.url)
-        names = parsed.columns
+        computed = computed_columns(self._manifest, list(self._caption_sets))
+        kinds = {name: column.kind for name, column in computed.items()}
+        parsed = store_condition(condition, self.columns, kinds, self._folder.url)
+        stored = [name for name in parsed.columns if name in (*OWN_TYPES, *self.columns)]
 
         def read(position: int) -> np.ndarray:
-            if not self._manifest.rows[position]:
+            num_rows = int(self._manifest.rows[position])
+            if not num_rows:
                 return np.zeros(0, np.bool_)
             shard = OpenShard(self._folder, self._manifest, self._generations, position)
-            return chosen_rows(parsed, shard.columns(names))
+            found = shard.columns(stored)
+            cells = {n: found[n] if n in stored else computed[n].read(shard) for n in parsed.columns}
+            return chosen_rows(parsed, cells, num_rows)
 
         with ThreadPoolExecutor(_COLUMN_READERS) as readers:
             found = list(readers.map(read, range(len(self._manifest.rows))))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imagen_core.store import Store
+from imagen_core.store.read.computed import are_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def text_columns(store: Store) -> dict[str, str]:
 
 def fields_of(store: Store) -> list[Field]:
     """The fields of a store's samples, in the order of the page."""
-    scores = [name for name, group in store.manifest.arrays.items() if group.spec.shape == ()]
+    scores = [name for name, group in store.manifest.arrays.items() if are_numbers(group.spec)]
     columns = store.columns.items()
     return [
         *_lengths(store),

@@ -103,7 +103,7 @@ class _Pages:
         with self.view.reading() as store:
             position = _position(store, shard, row)
             content = {
-                "lineage": part(lambda: stored_row(store, position, row)),
+                "lineage": part(lambda: stored_row(store, position, row, self.view.run)),
                 "images": images_of(store, position, row),
                 "captions": part(lambda: captions_of(store, position, row, self.view.run)),
                 "embeddings": image_embeddings_of(store, position, row),

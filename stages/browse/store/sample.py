@@ -12,6 +12,7 @@ from pipeline.storage.run_folder import RunFolder
 from stages.browse.charts import BarChart, Bin, bar_chart
 from stages.browse.store.tokens import Tokens, tokens_of
 from stages.browse.web import Part, part
+from stages.store_tools.caption_origins import caption_origins, made_line, origin_line
 
 _SHOWN_TOKENS = 1024
 
@@ -53,13 +54,27 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption, and what each text encoder made of it."""
+    """A caption, how a model came to it ("" for others), and what each text encoder made of it."""
 
     text: str
-    caption_set: str
-    number: int
+    made: str
     tokens: Mapping[str, Part[Tokens]]
     embeddings: Mapping[str, Part[Embedding]]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSet:
+    """The captions of a set that a sample has, and who wrote them.
+
+    Attributes:
+        origin: "" if it is not known.
+        prompt: what a model was asked about the sample; None for captions that came with data.
+    """
+
+    name: str
+    captions: list[Caption]
+    origin: Part[str]
+    prompt: str | None
 
 
 def images_of(store: Store, position: int, row: int) -> list[Part[Image]]:
@@ -80,22 +95,26 @@ def file_digest_of(store: Store, group: str, position: int) -> str:
     return entry.sha256[:16]
 
 
-def captions_of(store: Store, position: int, row: int, run: RunFolder | None) -> list[Caption]:
-    """The captions of all sets, those of `samples` first."""
-    manifest, found = store.manifest, list[Caption]()
+def captions_of(store: Store, position: int, row: int, run: RunFolder | None) -> list[CaptionSet]:
+    """The captions of all sets, that of `samples` first, with who wrote them."""
+    manifest, found = store.manifest, list[CaptionSet]()
+    origins = part(lambda: caption_origins(store, position, row, run))
     for name in store.caption_sets:
-        is_first = name not in manifest.captions
-        groups = [g for g in embedding_groups(store) if _set_of(g) == (None if is_first else name)]
-        found += [
+        further = name if name in manifest.captions else None
+        groups = [g for g in embedding_groups(store) if _set_of(g) == further]
+        origin = (origins.value or {}).get(name, {})
+        made = [made_line(caption) for caption in origin.get("captions", ())]
+        captions = [
             Caption(
                 text,
-                name,
-                number,
+                made[number] if number < len(made) else "",
                 {g.encoder: part(lambda g=g, i=i, t=text: _tokens(store, g, position, i, t, run)) for g in groups},
                 {g.encoder: part(lambda g=g, n=number: _statistics(store, g, position, row, n)) for g in groups},
             )
-            for number, (text, i) in enumerate(_texts(store, position, row, None if is_first else name))
+            for number, (text, i) in enumerate(_texts(store, position, row, further))
         ]
+        line = part(lambda name=name: origin_line(origins.get()[name]))
+        found.append(CaptionSet(name, captions, line, origin.get("prompt")))
     return found
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imagen_core.store import Store, choose_buckets
-from imagen_core.store.files.arrow_column import arrow_column, as_numpy
-from imagen_core.store.files.samples import list_offsets
+from imagen_core.store.files.arrow_column import arrow_column, as_numpy, numbers_column
+from imagen_core.store.read.computed import array_numbers, longest_captions
 from imagen_core.store.read.reader import OpenShard
 from stages.browse.store.fields import Field, text_columns
 from stages.browse.web import error_line
@@ -38,13 +38,13 @@ class ShardReader:
         rows = np.setdiff1d(np.arange(found.num_rows), list(store.manifest.excluded.get(position, ())))
         width, height = (as_numpy(found[name].combine_chunks()) for name in ("width", "height"))
         values: dict[str, Any] = {
-            "id": _array(self._firsts[position] + np.arange(found.num_rows)),
-            "shard": _array(np.full(found.num_rows, store.manifest.index[position])),
-            "row": _array(np.arange(found.num_rows)),
+            "id": numbers_column(self._firsts[position] + np.arange(found.num_rows)),
+            "shard": numbers_column(np.full(found.num_rows, store.manifest.index[position])),
+            "row": numbers_column(np.arange(found.num_rows)),
             "text": found["captions"],
             **{name: found[name] for name in ("key", "url", "sha256", "width", "height")},
             "label": pc.cast(found["label"], pa.string()),
-            "aspect": _array(width / np.maximum(height, 1)),
+            "aspect": numbers_column(width / np.maximum(height, 1)),
             **{self._columns[f"column.{name}"]: _plain(found[name]) for name in kept},
         }
         if self._shapes:
@@ -53,8 +53,8 @@ class ShardReader:
         values |= self._tokens(files, found["caption_ids"].combine_chunks())
         for name, column in self._further.items():
             values |= self._captions(files, name, column)
-        values |= self._scores(files, found.num_rows)
-        return pa.table(values).take(_array(rows))
+        values |= self._scores(files)
+        return pa.table(values).take(numbers_column(rows))
 
     def _tokens(self, files: OpenShard, caption_ids: pa.ListArray, of: str | None = None) -> dict[str, pa.Array]:
         """Tokens of the longest caption of each sample, by column.
@@ -69,7 +69,7 @@ class ShardReader:
         }
         ending = "" if of is None else f"/{of}"
         return {
-            self._columns[f"tokens.{name}{ending}"]: _longest(number, caption_ids)
+            self._columns[f"tokens.{name}{ending}"]: numbers_column(*longest_captions(number, caption_ids))
             for name, number in counts.items()
             if number is not None
         }
@@ -84,14 +84,10 @@ class ShardReader:
         texts = pc.call_function("if_else", [has_some, captions, pa.nulls(1, captions.type)[0]])
         return {column: texts, **self._tokens(files, ids, name)}
 
-    def _scores(self, files: OpenShard, num_rows: int) -> dict[str, pa.Array]:
+    def _scores(self, files: OpenShard) -> dict[str, pa.Array]:
         names = [key.partition(".")[2] for key in self._columns if key.startswith("array.")]
-
-        def read(name: str) -> np.ndarray:
-            return np.array([float(files.arrays[name].value(row)) for row in range(num_rows)], np.float64)
-
-        found = {name: self._try(lambda name=name: read(name)) for name in names}
-        return {self._columns[f"array.{name}"]: _array(score) for name, score in found.items() if score is not None}
+        found = {name: self._try(lambda name=name: array_numbers(files.arrays[name])) for name in names}
+        return {self._columns[f"array.{name}"]: numbers_column(*score) for name, score in found.items() if score}
 
     def _try(self, read: Callable[[], Any]) -> Any:
         try:
@@ -99,28 +95,6 @@ class ShardReader:
         except Exception as error:  # noqa: BLE001 - shown on the page
             self._problems.append(error_line(error))
             return None
-
-
-def _longest(num_tokens: np.ndarray, caption_ids: pa.ListArray) -> pa.Array:
-    """Tokens of the longest of some captions, row by row: int64 (n,), null of a row without captions.
-
-    Args:
-        num_tokens: by caption id.
-    """
-    ids, bounds = as_numpy(caption_ids.flatten()), np.asarray(list_offsets(caption_ids))
-    has_some = bounds[1:] > bounds[:-1]
-    found = np.zeros(len(has_some), np.int64)
-    if has_some.any():
-        found[has_some] = np.maximum.reduceat(np.asarray(num_tokens)[ids], bounds[:-1][has_some])
-    return _array(found, has_some)
-
-
-def _array(values: np.ndarray, valid: np.ndarray | None = None) -> pa.Array:
-    """`pa.array`, which would import pandas, of numbers; null where `valid`, bool (n,), is false."""
-    values = np.ascontiguousarray(values, np.float64 if values.dtype.kind == "f" else np.int64)
-    validity = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little").tobytes())
-    kind = pa.float64() if values.dtype.kind == "f" else pa.int64()
-    return pa.Array.from_buffers(kind, len(values), [validity, pa.py_buffer(values)])
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -9,11 +9,9 @@ from pipeline.engine.retries import ALL
 from pipeline.storage.record import Record, shard_name
 from pipeline.storage.run_folder import STORE, RunFolder
 from stages.captioners.answers import AnswerLog, delete_answers
-from stages.captioners.base import question_seed
+from stages.captioners.base import attempt_of
 from stages.precompute.captioning.make import TRIED, USED, MakeCaptionsStage, identity_file, log_identity
 from stages.precompute.fetch import SAMPLES
-
-_MOST_ATTEMPTS = 10_000
 
 
 def retry_captions(run: RunFolder, stages: Sequence[MakeCaptionsStage], reasons: Sequence[str]) -> Counter[str]:
@@ -49,7 +47,7 @@ def _begin_again(run: RunFolder, stage: MakeCaptionsStage, record: Record, reaso
         log.write({"used": {counter: record.counters.get(counter, 0) for counter in USED}})
         for row, found in enumerate(rows):
             if found.captions and found.seeds:
-                attempt = _attempt_of(captioner.seed, samples[row].key, found.seeds[0])
+                attempt = attempt_of(captioner.seed, samples[row].key, found.seeds[0]) or 0  # 0 of one that was erased
                 log.write({"row": row, "good": [found.captions[0], found.finish_reasons[0], attempt]})
         for line in run.storage.read_lines(run.drops_name(stage.group, name)):
             drop = json.loads(line)
@@ -60,8 +58,3 @@ def _begin_again(run: RunFolder, stage: MakeCaptionsStage, record: Record, reaso
         log.close()
     run.storage.delete(f"{STORE}/{MANIFEST_NAME}", durably=True)
     run.delete_shard(stage.group, name)
-
-
-def _attempt_of(seed: int, key: str, found: int) -> int:
-    """The attempt whose request had a seed; 0 of a caption that was erased."""
-    return next((n for n in range(_MOST_ATTEMPTS) if question_seed(seed, key, n) == found), 0)
