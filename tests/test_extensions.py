@@ -34,7 +34,7 @@ from tests.runs import REPOSITORY
 from tests.trained import BASE, train
 
 SCALE = 0.5
-GROUPS = ("sources", "caches", "encoders", "filters", "stages", "samplers", "imports", "workflows")
+GROUPS = ("sources", "caches", "encoders", "captioners", "filters", "stages", "samplers", "imports", "workflows")
 ENCODER = f"{{name: words, kind: word_vectors, model: {TINY_MODEL}, scale: {SCALE}, compute_dtype: float32}}"
 
 
@@ -133,6 +133,17 @@ def test_rows_of_an_added_source_that_an_added_filter_rejects_are_drops_with_its
     assert verify_store(run_folder / "store").ok
 
 
+def test_an_added_captioner_makes_a_set_of_captions(installed: Path, tmp_path: Path) -> None:
+    captioner = "{name: colors, kind: color_names, prompt: 'It is {caption},', names: [r, g, b]}"
+    small = ("source={kind: solid, num_samples: 3}", "images.sizes_px=[16]", "encoders=[]")
+    result = precompute(tmp_path / "run", *small, f"captioners=[{captioner}]")
+    assert result.code == 0, result.err
+    store = Store.open(tmp_path / "run" / "store")
+    found = {sample.captions[0]: sample.caption_sets["colors"] for sample in store}
+    assert found == {caption: [f"It is {caption}, {name}"] for caption, name in zip(found, "rgb", strict=True)}
+    assert store.manifest.captions["colors"].made_by["names"] == ["r", "g", "b"]
+
+
 def test_an_added_filter_is_in_the_fingerprint_of_the_samples(run_folder: Path) -> None:
     manifest = json.loads((run_folder / "store/manifest.json").read_text())
     config = manifest["groups"]["samples"]
@@ -195,13 +206,14 @@ def test_the_schema_lists_the_kinds_of_installed_packages(installed: Path) -> No
     properties = json.loads(call("config", "schema", "precompute").out)["properties"]
     choices = {
         "source": properties["source"]["oneOf"],
-        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "filters", "stages")},
+        **{name: properties[name]["items"]["oneOf"] for name in ("encoders", "captioners", "filters", "stages")},
     }
     added = {name: choice[-1] for name, choice in choices.items()}
     kinds = {name: choice["properties"]["kind"]["const"] for name, choice in added.items()}
     assert kinds == {
         "source": "solid",
         "encoders": "word_vectors",
+        "captioners": "color_names",
         "filters": "max_words",
         "stages": "bright_pixels",
     }
@@ -259,6 +271,7 @@ def other(tmp_path: Path) -> Iterator[Path]:
     (info / "entry_points.txt").write_text(
         "[pipeline.sources]\nlost = nonesuch.module:Config\nfolder = other:Config\n"
         "[pipeline.filters]\nnumber = math:pi\n"
+        "[pipeline.captioners]\nno_model = stages.captioners.base:CaptionerConfig\n"
         "[pipeline.workflows]\nlost = nonesuch.module:Workflow\ntrain = other:Train\n"
         "[pipeline.imports]\nlost = nonesuch.module:load\n"
     )
@@ -283,6 +296,11 @@ def other(tmp_path: Path) -> Iterator[Path]:
         (
             "filters=[{kind: number}]",
             "must be a stages.filters.base.Filter with `kind: Literal['number']` (got 3.14",
+        ),
+        (
+            "captioners=[{kind: no_model, name: a}]",
+            "kind 'no_model' of package other 2.0 (entry point `no_model = stages.captioners.base:CaptionerConfig` in "
+            "pipeline.captioners) must be a stages.captioners.base.ModelCaptionerConfig with",
         ),
     ],
 )

@@ -29,6 +29,7 @@ from stages.arrays.registry import AnyArrayStage
 from stages.captioners.answers import delete_answers
 from stages.captioners.base import CaptionerConfig, ModelCaptionerConfig
 from stages.captioners.registry import AnyCaptioner
+from stages.captioners.table import TableCaptionerConfig
 from stages.captions import clean_captions
 from stages.duplicates.config import DuplicatesConfig
 from stages.duplicates.excluded import ExcludedSets
@@ -47,6 +48,7 @@ from stages.precompute.caption_sets import CaptionColumnStage, caption_sets_line
 from stages.precompute.captioning.costs import captions_line, expected_cost
 from stages.precompute.captioning.make import MakeCaptionsStage
 from stages.precompute.captioning.retry import retry_captions
+from stages.precompute.captioning.take import TakeCaptionsStage
 from stages.precompute.crops import crops_line, crops_of, measured
 from stages.precompute.encode_images import EncodeImagesStage, EncodePatchesStage
 from stages.precompute.encode_text import EncodeStage
@@ -181,9 +183,10 @@ class Precompute(ShardedWorkflow):
 
     def modules(self) -> Sequence[str]:
         models = [*self.config.encoders, *self.config.image_encoders]
-        found = [EncodeStage.__module__, *ResizeStage.modules]
-        found += [name for model in models if isinstance(model, FrozenModelConfig) for name in model.modules]
-        return list(dict.fromkeys(found)) if models else []
+        found = [name for model in models if isinstance(model, FrozenModelConfig) for name in model.modules]
+        for captioner in self.config.captioners:
+            found += captioner.modules() if isinstance(captioner, ModelCaptionerConfig) else ()
+        return list(dict.fromkeys([EncodeStage.__module__, *ResizeStage.modules, *found])) if models or found else []
 
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
@@ -284,8 +287,9 @@ class Precompute(ShardedWorkflow):
             delete_answers(run, captioner.name, set(run.recorded_shards(captions_group(captioner.name))))
         return {}
 
-    def _captions_stage(self, captioner: CaptionerConfig, source: Source) -> Stage:
-        assert isinstance(captioner, ModelCaptionerConfig)
+    def _captions_stage(self, captioner: AnyCaptioner, source: Source) -> Stage:
+        if isinstance(captioner, TableCaptionerConfig):
+            return TakeCaptionsStage(captioner)
         max_pixels = min(filter.max for filter in self.config.filters if isinstance(filter, MaxPixels))
         return MakeCaptionsStage(captioner, source.column_types, max_pixels)
 

@@ -4,7 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from PIL import Image
 from pydantic import Field, field_validator
@@ -79,6 +79,9 @@ class CaptionerConfig(Config):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """How often training takes a caption of this set, as of the sets of `source.captions`. The captions of a source
     without sets have 1."""
+    on_bad: Literal["keep_sample", "drop"] = "keep_sample"
+    """What becomes of a sample without a good caption: it stays with its other captions, or is dropped from the
+    store."""
 
     @property
     def called(self) -> str:
@@ -106,14 +109,11 @@ class ModelCaptionerConfig(CaptionerConfig):
     """Longer side of the image that the model sees; larger originals are made smaller, smaller ones stay."""
     attempts: int = Field(default=2, ge=1)
     """How often an image is asked about, each time with another seed, until the caption passes the checks. With
-    temperature 0 most models answer the same again."""
+    temperature 0 most servers answer the same again; a model of kind transformers always does, and is asked once."""
     seed: int = Field(default=0, ge=0)
     """The seed of each request follows from this, the sample's key and the number of the attempt."""
     checks: ChecksConfig = ChecksConfig()
     """What makes a caption bad."""
-    on_bad: Literal["keep_sample", "drop"] = "keep_sample"
-    """What becomes of a sample without a good caption: it stays with its other captions, or is dropped from the
-    store."""
 
     @field_validator("prompt")
     @classmethod
@@ -131,13 +131,22 @@ class ModelCaptionerConfig(CaptionerConfig):
             PipelineError: there is none, or it does not let us in; ends the run.
         """
 
-    def workers(self) -> int:
+    def worker_count(self) -> int:
         """Workers that keep it; 0 means one for each GPU."""
         return 1
 
-    def resources(self) -> Resources:
+    def occupies(self) -> Resources:
         """What a worker occupies."""
         return Resources(num_cpus=0.5)
+
+    def pinned(self) -> Self:
+        """The same model for any worker, also on another node or later."""
+        return self
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the model answers a question the same whatever the seed, so that it is asked once."""
+        return False
 
     def modules(self) -> tuple[str, ...]:
         """Large modules that it imports; see `Stage.modules`."""

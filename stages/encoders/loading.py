@@ -1,11 +1,10 @@
 """Loads the weights of a model through transformers, and refuses a model with missing weights."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import MachineError
 from pipeline.executors.base import usable_cpus
-from stages.encoders.base import FrozenModelConfig
 from stages.encoders.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -14,7 +13,17 @@ if TYPE_CHECKING:
 _UNUSED = ("pooler.",)  # never used here, and absent from many checkpoints
 
 
-def place(config: FrozenModelConfig, num_threads: int) -> "tuple[torch.device, torch.dtype]":
+class Placed(Protocol):
+    """What `place` reads of a configuration."""
+
+    @property
+    def num_gpus(self) -> float | None: ...
+
+    @property
+    def compute_dtype(self) -> str: ...
+
+
+def place(config: Placed, num_threads: int) -> "tuple[torch.device, torch.dtype]":
     """The device the model runs on, the GPU if there is one, and its dtype; silences transformers."""
     import torch
     from transformers.utils import logging as transformers_logging

@@ -5,13 +5,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from pipeline.errors import first_line
 from pipeline.stage import note_progress
 
-if TYPE_CHECKING:
-    from torch import Tensor
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -19,14 +18,14 @@ _PHRASES = ("can't allocate memory", "not enough memory", "CUDA error: out of me
 
 
 @dataclass(slots=True)
-class MemoryBoundBatches:
+class MemoryBoundBatches(Generic[T]):
     """The results of a model, batch by batch."""
 
     limit: int
     """The largest batch, in the unit of `split`; halved each time a batch did not fit."""
     halvings: int = 0
     """How often a batch did not fit into memory."""
-    results: "list[tuple[list[int], Tensor]]" = field(default_factory=list)
+    results: list[tuple[list[int], T]] = field(default_factory=list)
     """The items of each batch and the result of `forward` for them."""
 
 
@@ -34,8 +33,8 @@ def run_batches(
     items: Sequence[int],
     limit: int,
     split: Callable[[Sequence[int], int], list[list[int]]],
-    forward: "Callable[[list[int]], Tensor]",
-) -> MemoryBoundBatches:
+    forward: Callable[[list[int]], T],
+) -> MemoryBoundBatches[T]:
     """Runs `forward` on `split(items, limit)`; when a batch does not fit into memory, continues with half the limit.
 
     Args:
@@ -44,7 +43,7 @@ def run_batches(
     Raises:
         MemoryError: not even one item fits.
     """
-    done = MemoryBoundBatches(limit)
+    done = MemoryBoundBatches[T](limit)
     waiting = deque(split(items, limit))
     while waiting:
         try:

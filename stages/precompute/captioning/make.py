@@ -9,12 +9,20 @@ from typing import Any
 from PIL import Image
 
 from imagen_core.store import SampleRow, blank_key, captions_group, number_captions, read_samples, write_captions
-from pipeline.errors import ConfigError, StaleOutputError
-from pipeline.fingerprint import digest
+from pipeline.errors import ConfigError, MachineError, StaleOutputError
+from pipeline.fingerprint import differences, digest
 from pipeline.stage import Drop, Group, GroupResult, Stage, Task, note_progress, rows_by_reason
 from pipeline.storage.run_folder import RunFolder
 from stages.captioners.answers import AnswerLog, Kept, folder_of, kept_answers
-from stages.captioners.base import Answer, Captioner, ModelCaptionerConfig, Question, fitted, question_seed
+from stages.captioners.base import (
+    Answer,
+    Captioner,
+    CaptionerConfig,
+    ModelCaptionerConfig,
+    Question,
+    fitted,
+    question_seed,
+)
 from stages.captioners.budget import Used
 from stages.captioners.checks import problem_of
 from stages.captioners.prompt import Prompt
@@ -49,6 +57,7 @@ class MakeCaptionsStage(Stage):
         Raises:
             ConfigError: the prompt names a column that there is not.
         """
+        captioner = captioner.pinned()
         self.captioner = captioner
         self.max_pixels = max_pixels
         try:
@@ -57,8 +66,8 @@ class MakeCaptionsStage(Stage):
             raise ConfigError(f"captioners.{captioner.name}.prompt: {error}") from error
         self.group = captions_group(captioner.name)
         self.name = f"make-{self.group}"
-        self.max_workers = captioner.workers()
-        self.resources, self.modules = captioner.resources(), captioner.modules()
+        self.max_workers = captioner.worker_count()
+        self.resources, self.modules = captioner.occupies(), captioner.modules()
         config = {"kind": "captions", "set": captioner.name, "format": "parquet", "made_by": captioner.made_by()}
         self.groups = (Group(self.group, config, inputs=(SAMPLES,)),)
         self._model: Captioner | None = None
@@ -68,8 +77,14 @@ class MakeCaptionsStage(Stage):
         """Loads the model or finds the server, and compares it with the one that the set was begun with.
 
         Raises:
+            MachineError: this worker's files are others than the driver's.
             StaleOutputError: it is another one.
         """
+        if changes := differences(self.groups[0].config["made_by"], self.captioner.made_by()):
+            raise MachineError(
+                f"captioners.{self.captioner.name}: this worker finds another model than the run started with: "
+                f"{'; '.join(changes)}; put the same files on every node, or start a new run"
+            )
         self._model = self.captioner.start(lambda: used_before(run, self.captioner.name))
         self._recorded = keep_identity(run, self.captioner, self.groups[0].config, self._model.identity)
 
@@ -178,11 +193,12 @@ class _ShardOfQuestions:
         if answer.problem is not None:
             self.bad[row] = (*answer.problem, attempt + 1)
             return
+        tries = 1 if captioner.is_repeatable else captioner.attempts
         problem = problem_of(answer.text, answer.finish_reason, captioner.checks)
         if problem is None:
             ((caption,), _) = clean_captions([answer.text])
             self.good[row] = (caption, answer.finish_reason or "", attempt)
-        elif attempt + 1 < self.kept.first_attempt.get(row, 0) + captioner.attempts:
+        elif attempt + 1 < self.kept.first_attempt.get(row, 0) + tries:
             self._ask(row, attempt + 1)
         else:
             self.bad[row] = (*problem, attempt + 1)
@@ -214,7 +230,7 @@ def identity_file(captioner: str) -> str:
 
 
 def keep_identity(
-    run: RunFolder, captioner: ModelCaptionerConfig, config: Mapping[str, Any], found: Mapping[str, Any]
+    run: RunFolder, captioner: CaptionerConfig, config: Mapping[str, Any], found: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Writes who makes the captions, or compares with who did.
 
