@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from operator import eq
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -77,11 +78,11 @@ def repeated_phrase(text: str, max_repeats: int) -> str:
     if len(words) < _SPACE_SHARE * len(text):
         words, separator = text, ""
     for length in range(1, min(_LONGEST_PHRASE, len(words) // (max_repeats + 1)) + 1):
-        same = 0
-        for at in range(length, len(words)):
-            same = same + 1 if words[at] == words[at - length] else 0
-            if same > length * max_repeats:
-                return separator.join(words[at - length + 1 : at + 1])
+        same = bytes(map(eq, words[length:], words))
+        begin = same.find(b"\1" * (length * max_repeats + 1))
+        if begin >= 0:
+            end = begin + length * (max_repeats + 1) + 1
+            return separator.join(words[end - length : end])
     return ""
 
 

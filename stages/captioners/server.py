@@ -6,8 +6,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from pipeline.errors import MachineError, UnavailableError
 from pipeline.stage import note_progress
 from stages.captioners.base import Answer, NextQuestion, Question
 from stages.captioners.budget import Budget
+from stages.captioners.places import Call, Places
 from stages.captioners.replies import Again, Reply, read_reply
-from stages.captioners.server_config import ServerCaptionerConfig, data_url
-from stages.captioners.server_identity import identify
+from stages.captioners.server_config import ServerCaptionerConfig, data_url, proxy_of
+from stages.captioners.server_identity import identify, probes
 
 if TYPE_CHECKING:
     import aiohttp
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 _AHEAD = 8
 """Images that are ready for a request before one may be made."""
 _LONGEST_PAUSE_S = 30.0
-_OTHER_MODEL_LIMIT = 20
-"""So many answers of another model one after the other end the run."""
 _CONNECT_S = 20.0
 _SHORT_PAUSE_S = 0.05
 _KEEP_ALIVE_S = 4.0
@@ -43,10 +42,14 @@ class _Server:
     """One of the servers."""
 
     url: str
+    proxy: str | None
     in_flight: int = 0
     failures: int = 0
     """One after the other."""
     paused_until: float = 0.0
+    last_answer: float | None = None
+    in_doubt: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is found out whether it answers at all."""
 
 
 class ServerCaptioner:
@@ -61,13 +64,14 @@ class ServerCaptioner:
         """
         self.config, self.budget = config, budget
         self._key = key
-        self._servers = [_Server(url) for url in config.urls]
-        self._slots = threading.Semaphore(config.max_in_flight + min(_AHEAD, config.max_in_flight))
+        self._servers = [_Server(url, proxy_of(url)) for url in config.urls]
+        self._room = Places(config.max_in_flight + min(_AHEAD, config.max_in_flight))
         self._model: str | None = None
         self.named_by: dict[str, str | None] = {}
         """What each server calls the model."""
-        self._others = 0
+        self._known = probes(config)[0]
         self._handed_out = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name=f"captions-{config.name}").start()
@@ -86,7 +90,6 @@ class ServerCaptioner:
             headers["Authorization"] = f"Bearer {self._key}"
         self.session = aiohttp.ClientSession(
             headers=headers,
-            trust_env=True,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=_CONNECT_S),
         )
@@ -99,31 +102,42 @@ class ServerCaptioner:
         failure: BaseException | None = None
         mine = 0
         try:
-            while True:
-                if failure is None and self._slots.acquire(blocking=mine == 0):
-                    question = next_question()
-                    if question is not None:
-                        self._hand_out(question, done.put)
+            with Call(self._room) as call:
+                while True:
+                    may_ask = failure is None and call.take(wait=mine == 0)
+                    if may_ask and self._ask_next(next_question, call, done.put):
                         mine += 1
                         continue
-                    self._slots.release()
-                if mine == 0:
-                    break
-                question, answer = done.get()
-                note_progress()
-                if isinstance(answer, BaseException):
-                    failure = failure or answer
-                else:
-                    yield question, answer
-                mine -= 1
-                self._count(-1)
+                    if mine == 0:
+                        break
+                    question, answer = done.get()
+                    note_progress()
+                    if isinstance(answer, BaseException):
+                        failure = failure or answer
+                    else:
+                        yield question, answer
+                    mine -= 1
+                    self._count(-1)
         finally:
             self._count(-mine)
         if failure is not None:
             self._wait_for_others()
             raise failure
 
-    def _hand_out(self, question: Question, put: Callable[[tuple[Question, Any]], None]) -> None:
+    def _ask_next(self, next_question: NextQuestion, call: Call, put: Callable[[tuple[Question, Any]], None]) -> bool:
+        """Uses a place; returns False if there is no question now."""
+        asked = False
+        try:
+            question = next_question()
+            if question is not None:
+                self._hand_out(question, call, put)
+                asked = True
+        finally:
+            if not asked:
+                call.give_back(wants_more=False)
+        return asked
+
+    def _hand_out(self, question: Question, call: Call, put: Callable[[tuple[Question, Any]], None]) -> None:
         config = self.config
         url = data_url(question.image)
         body = config.body(question.prompt, url, question.seed, config.temperature, config.max_tokens)
@@ -136,10 +150,15 @@ class ServerCaptioner:
                     result: Any = await self.ask(data)
             except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for the answer
                 result = error
-            self._slots.release()
+            call.give_back()
             put((question, result))
 
-        asyncio.run_coroutine_threadsafe(work(), self._loop)
+        self._loop.call_soon_threadsafe(self._begin, work())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps no task
+        task.add_done_callback(self._tasks.discard)
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -162,8 +181,9 @@ class ServerCaptioner:
         """
         tried: Counter[str] = Counter()
         began = self._loop.time()
+        server: _Server | None = None
         while True:
-            server = await self._server(only)
+            server = await self._server(only, server)
             while only is None and not self.budget.begin():
                 await asyncio.sleep(_SHORT_PAUSE_S)
             reply = await self._send(server, data)
@@ -171,7 +191,7 @@ class ServerCaptioner:
                 answer, is_answer = reply.answer, reply.answer.problem is None
                 if only is None:
                     self.budget.end(answer.tokens_in, answer.tokens_out, answered=is_answer)
-                server.failures, self._last_answer, self._others = 0, self._loop.time(), 0
+                self._note_answer(server)
                 self.named_by.setdefault(server.url, reply.named)
                 if self.budget.needs_tokens and not reply.has_usage and is_answer:
                     raise MachineError(
@@ -182,13 +202,16 @@ class ServerCaptioner:
             if only is None:
                 self.budget.end(answered=False)
             tried[reply.reason] += 1
-            if reply.reason != "disconnected" or tried[reply.reason] > _AT_ONCE_AGAIN:
-                self._note(server, reply)
-            if reply.limited and tried[reply.reason] >= self.config.tries:
-                return Answer(problem=(reply.reason, reply.detail))
-            if reply.limited:
+            if reply.limited and tried[reply.reason] < self.config.tries:
                 await asyncio.sleep(_SHORT_PAUSE_S * 2 ** tried.total())
-            if not reply.limited and self._loop.time() - began >= self.config.wait_for_server_s:
+                continue
+            if reply.limited:
+                if only is not None or await self._is_well(server, began):
+                    return Answer(problem=(reply.reason, reply.detail))
+                tried.clear()
+            elif reply.reason != "disconnected" or tried[reply.reason] > _AT_ONCE_AGAIN:
+                self._pause(server, reply)
+            if self._loop.time() - began >= self.config.wait_for_server_s:
                 if self._loop.time() - self._last_answer < self.config.wait_for_server_s:
                     return Answer(problem=(reply.reason, reply.detail))
                 raise UnavailableError(
@@ -197,17 +220,32 @@ class ServerCaptioner:
                     "on"
                 )
 
-    def _note(self, server: _Server, reply: Again) -> None:
-        """Pauses a server that is down or busy."""
-        if reply.reason == "other_model":
-            self._others += 1
-            if self._others >= _OTHER_MODEL_LIMIT:
+    def _note_answer(self, server: _Server) -> None:
+        server.failures, server.last_answer = 0, self._loop.time()
+        self._last_answer = server.last_answer
+
+    async def _is_well(self, server: _Server, since: float) -> bool:
+        """Whether a server that gives no usable answer about an image has given one about another meanwhile, or gives
+        one about a known image; otherwise it is paused."""
+        async with server.in_doubt:
+            if server.last_answer is not None and server.last_answer >= since:
+                return True
+            if server.paused_until > self._loop.time():
+                return False
+            reply = await self._send(server, self._known)
+            if isinstance(reply, Reply):
+                self._note_answer(server)
+                return True
+            if reply.reason == "other_model":
                 raise MachineError(
                     f"captioners.{self.config.name}: {server.url} answers as {reply.detail}; the set was begun with "
                     f"{self._model!r}: serve it again, or make another set under another name"
                 )
-        if reply.limited:
-            return
+            self._pause(server, reply)
+            return False
+
+    def _pause(self, server: _Server, reply: Again) -> None:
+        """Pauses a server that is down or busy."""
         if reply.pause_s > self.config.wait_for_server_s:
             raise UnavailableError(
                 f"captioners.{self.config.name}: {server.url} asks for a pause of {reply.pause_s:g} s, more than "
@@ -221,14 +259,14 @@ class ServerCaptioner:
         elif reply.pause_s:
             server.paused_until = max(server.paused_until, now + reply.pause_s)
 
-    async def _server(self, only: str | None) -> _Server:
-        """The server with the fewest requests of those that are not paused."""
+    async def _server(self, only: str | None, last: _Server | None) -> _Server:
+        """The server with the fewest requests of those that are not paused, if possible another than the last."""
         while True:
             now = self._loop.time()
             asked = [server for server in self._servers if only in (None, server.url)]
             free = [server for server in asked if server.paused_until <= now]
             if free:
-                return min(free, key=lambda server: server.in_flight)
+                return min(free, key=lambda server: (server is last, server.in_flight))
             await asyncio.sleep(min(server.paused_until for server in asked) - now)
 
     async def _send(self, server: _Server, data: bytes) -> Reply | Again:
@@ -238,7 +276,7 @@ class ServerCaptioner:
         server.in_flight += 1
         try:
             async with self.session.post(
-                f"{server.url}/chat/completions", data=data, allow_redirects=False
+                f"{server.url}/chat/completions", data=data, allow_redirects=False, proxy=server.proxy
             ) as response:
                 body = bytearray()
                 async for chunk in response.content.iter_chunked(2**16):
@@ -248,6 +286,13 @@ class ServerCaptioner:
                 return self._read(server, response.status, response.headers, bytes(body))
         except TimeoutError:
             return Again("timeout", f"no answer within {self.config.timeout_s:g} s", limited=True)
+        except aiohttp.ClientSSLError as error:
+            if server.last_answer is None:
+                raise MachineError(
+                    f"captioners.{self.config.name}.base_url: {server.url} cannot be reached by TLS: "
+                    f"{self._shown(error)}; check the address and its certificate"
+                ) from error
+            return Again("server_down", self._shown(error))
         except aiohttp.ClientPayloadError as error:
             return Again("half_answer", self._shown(error), limited=True)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError) as error:

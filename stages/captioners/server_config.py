@@ -5,6 +5,8 @@ import io
 import os
 from collections.abc import Mapping
 from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
@@ -64,7 +66,7 @@ class ServerCaptionerConfig(ModelCaptionerConfig):
     def _check_urls(cls, urls: str | tuple[str, ...]) -> str | tuple[str, ...]:
         listed = (urls,) if isinstance(urls, str) else urls
         for url in listed:
-            if not url.startswith(("http://", "https://")):
+            if not _is_address(url):
                 raise ValueError(f"{url!r} is no http or https URL")
         if not listed or len(set(listed)) < len(listed):
             raise ValueError("give one URL or several different ones")
@@ -103,6 +105,11 @@ class ServerCaptionerConfig(ModelCaptionerConfig):
                 f"captioners.{self.name}.api_key_env: the environment variable {self.api_key_env} is not set; set it "
                 "to the key, or leave api_key_env out"
             )
+        if not (key.isascii() and key.isprintable()):
+            raise MachineError(
+                f"captioners.{self.name}.api_key_env: {self.api_key_env} holds characters that no key has (line "
+                "breaks, or letters beyond ASCII); set it to the key alone"
+            )
         return key
 
     def body(self, prompt: str, image_url: str, seed: int, temperature: float, max_tokens: int) -> dict[str, Any]:
@@ -119,6 +126,20 @@ class ServerCaptionerConfig(ModelCaptionerConfig):
 
     def made_by(self) -> dict[str, Any]:
         return {**super().made_by(), "image_format": IMAGE_FORMAT}
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in url
+    except ValueError:
+        return False
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for an address; asked once, for it takes a while."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 IMAGE_FORMAT: Mapping[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0}

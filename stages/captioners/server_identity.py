@@ -11,7 +11,7 @@ from pipeline.errors import MachineError
 from pipeline.fingerprint import differences
 from stages.captioners.base import Answer
 from stages.captioners.budget import Budget
-from stages.captioners.server_config import ServerCaptionerConfig, data_url
+from stages.captioners.server_config import ServerCaptionerConfig, data_url, proxy_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -46,6 +46,12 @@ def probe_images() -> list[Image.Image]:
     return [Image.fromarray(gradient), Image.fromarray(disc)]
 
 
+def probes(config: ServerCaptionerConfig) -> list[bytes]:
+    """A request about each of these images, as JSON."""
+    bodies = [config.body(_PROMPT, data_url(image), 0, 0.0, _MAX_TOKENS) for image in probe_images()]
+    return [json.dumps(body).encode() for body in bodies]
+
+
 async def identify(captioner: Client, urls: list[str]) -> dict[str, Any]:
     """Finds out who the servers are; each is asked twice about each image, with temperature 0.
 
@@ -69,8 +75,7 @@ async def _identify(captioner: Client, url: str) -> dict[str, Any]:
     config = captioner.config
     texts: list[list[str]] = []
     for _ in range(2):
-        bodies = [config.body(_PROMPT, data_url(image), 0, 0.0, _MAX_TOKENS) for image in probe_images()]
-        answers = [await captioner.ask(json.dumps(body).encode(), url) for body in bodies]
+        answers = [await captioner.ask(data, url) for data in probes(config)]
         for answer in answers:
             captioner.budget.expect(answer.tokens_in)
             if answer.problem is not None:
@@ -104,7 +109,7 @@ async def _listed(captioner: Client, url: str) -> tuple[dict[str, Any] | None, d
     import aiohttp
 
     try:
-        async with captioner.session.get(f"{url}/models", allow_redirects=False) as response:
+        async with captioner.session.get(f"{url}/models", allow_redirects=False, proxy=proxy_of(url)) as response:
             body = await response.read()
             headers = {name: response.headers[name] for name in _OF_SERVER if name in response.headers}
         entries = json.loads(body)["data"]
