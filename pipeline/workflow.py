@@ -12,6 +12,7 @@ from pipeline.executors.local_worker import warmed
 from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.plan import Plan
 from pipeline.planning.preview import preview
+from pipeline.resources import Resources
 from pipeline.storage.out_folder import check_out
 from pipeline.storage.run_folder import RunFolder
 
@@ -34,6 +35,11 @@ class Workflow(ABC):
     @abstractmethod
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         """What a run would do, as JSON; writes nothing unless `save` is set."""
+
+    def resources(self) -> Resources:
+        """The CPUs and GPUs that a run can make use of, as far as its configuration says; a scheduler is asked for
+        them."""
+        return Resources(num_cpus=4.0, num_gpus=0.0 if getattr(self.config, "device", "auto") == "cpu" else 1.0)
 
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         """Label and path, or command, of what to look at after a run."""

@@ -22,6 +22,7 @@ from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
+from pipeline.resources import Resources
 from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
@@ -69,6 +70,7 @@ from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
 from stages.stores import previous_header, run_removals
+from workflows.gpus import gpus_of_models
 
 
 class StoreConfig(Config):
@@ -184,6 +186,12 @@ class Precompute(ShardedWorkflow):
         found = [EncodeStage.__module__, *ResizeStage.modules]
         found += [name for model in models if isinstance(model, FrozenModelConfig) for name in model.modules]
         return list(dict.fromkeys(found)) if models else []
+
+    def resources(self) -> Resources:
+        config = self.config
+        models = (*config.encoders, *config.image_encoders, *config.captioners, *config.stages)
+        num_cpus = config.execution.num_cpus or (16 if config.images.sizes_px else 4)
+        return Resources(float(num_cpus), gpus_of_models(models))
 
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
