@@ -70,7 +70,7 @@ def slurm_values(
     job = [f"--nodes={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={options.cpus or math.ceil(needs.num_cpus)}"]
     job += [f"--gpus-per-node={gpus}"] if per_node else []
     job += [f"--mem={options.memory}"] if options.memory is not None else []
-    job += [*queue, "--requeue", f"--signal=B:TERM@{min(_STOP_S, seconds_of(time) // 2)}"]
+    job += [*queue, "--requeue", f"--signal=B:USR1@{min(_STOP_S, seconds_of(time) // 2)}"]
     job += [f"--array=1-{options.array}"] if options.array else []
     return {
         "directives": job,
