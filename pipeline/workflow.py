@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
+from pipeline.engine.parts import finish_run, run_part
 from pipeline.engine.runner import run_workflow
 from pipeline.errors import ConfigError
 from pipeline.executors.local_worker import warmed
@@ -50,6 +51,8 @@ class ShardedWorkflow(Workflow):
     """Turns a configuration into a plan: stages over shards, each committed separately."""
 
     default_executor = "ray"
+    has_parts: ClassVar[bool] = False
+    """Whether several drivers can share the work: its plan has an `input`."""
 
     @abstractmethod
     def plan(self, run: RunFolder) -> Plan:
@@ -66,8 +69,16 @@ class ShardedWorkflow(Workflow):
 
     def run(self, out: str, options: RunOptions) -> Summary:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
+        if options.part is not None and not self.has_parts:
+            raise ConfigError(f"--part {options.part}: {self.name} has no parts; leave it out")
         with warmed(self.modules() if options.executor == "local" else ()):
+            if options.part is not None:
+                return run_part(self.name, self.config, self.plan, out, options, options.part)
             return run_workflow(self.name, self.config, self.plan, out, options)
+
+    def finish(self, out: str, options: RunOptions) -> Summary:
+        """Puts together what drivers of parts have made; see `finish_run`."""
+        return finish_run(self.name, self.config, self.plan, out, options)
 
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))

@@ -179,6 +179,7 @@ class Precompute(ShardedWorkflow):
     name = "precompute"
     summary = "download and resize images, encode captions, into a store of cached tensors"
     config_class = PrecomputeConfig
+    has_parts = True
     config: PrecomputeConfig
 
     def modules(self) -> Sequence[str]:
@@ -225,6 +226,7 @@ class Precompute(ShardedWorkflow):
             max_drop_fraction=config.max_drop_fraction,
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
+            no_parts=self._no_parts(),
             captions=source.captions,
             further_captions=partial(_further_captions, source, self._columns),
             outlook=partial(self._outlook, run, source),
@@ -236,6 +238,16 @@ class Precompute(ShardedWorkflow):
                 if isinstance(encoder, EncoderConfig) and encoder.model == TINY_MODEL
             ),
         )
+
+    def _no_parts(self) -> str:
+        for captioner in self.config.captioners:
+            for limit in ("max_requests", "max_cost"):
+                if getattr(captioner, limit, None) is not None:
+                    return (
+                        f"captioners.{captioner.name}.{limit} holds for one driver, and each part has its own; set it "
+                        "to null, or run without --part"
+                    )
+        return ""
 
     @property
     def _columns(self) -> tuple[CaptionColumn, ...]:
