@@ -71,6 +71,12 @@ class DropLimitError(RunError):
     exit_code = EXIT_INCOMPLETE
 
 
+class PartsMissingError(PipelineError):
+    """Of the parts of a run some are not done; the others are."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
 class PreemptedError(PipelineError):
     """The run was stopped (SIGTERM, SIGHUP); the same command resumes it."""
 

@@ -179,6 +179,8 @@ def _is_follower() -> bool:
 
 def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     run, started = job.run, time.perf_counter()
+    if job.options.part is not None:
+        raise ConfigError(f"--part {job.options.part}: {workflow.name} has no parts; leave it out")
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
     storage = run.storage

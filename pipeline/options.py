@@ -1,8 +1,11 @@
 """The options of the command line that a workflow receives in addition to its configuration."""
 
+import re
 from dataclasses import dataclass
+from typing import Self
 
 from pipeline.config import Config
+from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig
 from pipeline.storage.credentials import check_no_credentials
 
@@ -15,6 +18,30 @@ class WorkflowConfig(Config):
 
 
 Summary = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several equal parts of a run, each with a driver of its own."""
+
+    number: int
+    """From 1."""
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The part in a text such as `3/100`.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip())
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ConfigError(f"--part {text}: give K/N, with K from 1 to N, such as 3/100")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +58,8 @@ class RunOptions:
     """Take over the folder of a dead run, without waiting for its lease to expire."""
     check_input: bool = False
     """Read all of the input, also files with the size and time that an earlier start noted."""
+    part: Part | None = None
+    """Do this part of the work; drivers of the others may work in the same folder at the same time."""
 
     def __post_init__(self) -> None:
         check_no_credentials(self.address or "", "--address")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.fingerprint import digest
 from pipeline.stage import Drop, Group, Shard, Stage
@@ -13,6 +13,17 @@ from pipeline.storage.run_folder import RunFolder
 
 Show = Callable[[str], None]
 """Shows a line of progress in place of the one before."""
+
+
+@dataclass(frozen=True)
+class InputCounts:
+    """The size of an input."""
+
+    shards: int
+    batches: int
+    """How often new input was recorded."""
+    passed_over: Mapping[str, Any] = field(default_factory=dict)
+    """What was left out of it, for the summary and `finalize`."""
 
 
 class Input(Protocol):
@@ -36,6 +47,15 @@ class Input(Protocol):
 
     def has_new_input(self) -> bool:
         """True if there is input that no run has recorded yet."""
+        ...
+
+    def count(self) -> "InputCounts":
+        """Counts the recorded input; where the files do not say how many rows they have, all are read."""
+        ...
+
+    def take(self, ranges: Sequence[range], counts: "InputCounts") -> None:
+        """From now on `shards` gives only those with these indices, of the input that was counted; new input is left
+        alone, and no row of other shards is read where the files say how many they have."""
         ...
 
     def record(self, *, restart: bool) -> None:
@@ -91,6 +111,8 @@ class Plan:
     """The captions of each row of a shard, for `Stage.workload`; reads no more of each row than needed."""
     further_captions: Callable[[Shard], Mapping[str, Sequence[tuple[str, ...]]]] | None = None
     """The captions of further sets, by the set's name, for `Stage.workload`."""
+    no_parts: str = ""
+    """Why several drivers cannot share the work, and the remedy; empty if they can."""
     check_group: Callable[[Group], None] | None = None
     """Raises ConfigError for a lasting group that `finalize` could not describe; so a run with such a stage of another
     package ends before it begins."""

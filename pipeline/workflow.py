@@ -6,12 +6,14 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, cast
 
 from pipeline.config import Config
+from pipeline.engine.parts import finish_run, run_part
 from pipeline.engine.runner import run_workflow
 from pipeline.errors import ConfigError
 from pipeline.executors.local_worker import warmed
 from pipeline.options import PlanOptions, RunOptions, Summary
 from pipeline.plan import Plan
 from pipeline.planning.preview import preview
+from pipeline.resources import Resources
 from pipeline.storage.out_folder import check_out
 from pipeline.storage.run_folder import RunFolder
 
@@ -35,6 +37,11 @@ class Workflow(ABC):
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         """What a run would do, as JSON; writes nothing unless `save` is set."""
 
+    def resources(self) -> Resources:
+        """The CPUs and GPUs that a run can make use of, as far as its configuration says; a scheduler is asked for
+        them."""
+        return Resources(num_cpus=4.0, num_gpus=0.0 if getattr(self.config, "device", "auto") == "cpu" else 1.0)
+
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         """Label and path, or command, of what to look at after a run."""
         return []
@@ -44,6 +51,8 @@ class ShardedWorkflow(Workflow):
     """Turns a configuration into a plan: stages over shards, each committed separately."""
 
     default_executor = "ray"
+    has_parts: ClassVar[bool] = False
+    """Whether several drivers can share the work: its plan has an `input`."""
 
     @abstractmethod
     def plan(self, run: RunFolder) -> Plan:
@@ -60,8 +69,16 @@ class ShardedWorkflow(Workflow):
 
     def run(self, out: str, options: RunOptions) -> Summary:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
+        if options.part is not None and not self.has_parts:
+            raise ConfigError(f"--part {options.part}: {self.name} has no parts; leave it out")
         with warmed(self.modules() if options.executor == "local" else ()):
+            if options.part is not None:
+                return run_part(self.name, self.config, self.plan, out, options, options.part)
             return run_workflow(self.name, self.config, self.plan, out, options)
+
+    def finish(self, out: str, options: RunOptions) -> Summary:
+        """Puts together what drivers of parts have made; see `finish_run`."""
+        return finish_run(self.name, self.config, self.plan, out, options)
 
     def preview(self, out: str, options: PlanOptions | None = None) -> dict[str, object]:
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))

@@ -3,6 +3,7 @@
 from pipeline.errors import ConfigError, StaleOutputError
 from pipeline.options import RunOptions, Summary
 from pipeline.plan import Plan
+from pipeline.resources import Resources
 from pipeline.storage.run_folder import PLAN, RunFolder
 from pipeline.workflow import ShardedWorkflow
 from stages.exports.config import ExportConfig
@@ -20,6 +21,9 @@ class Export(ShardedWorkflow):
     config_class = ExportConfig
     config: ExportConfig
     default_executor = "local"
+
+    def resources(self) -> Resources:
+        return Resources(num_cpus=4.0)
 
     def plan(self, run: RunFolder) -> Plan:
         store = open_store(self.config.store)

@@ -22,6 +22,7 @@ from pipeline.config import Config
 from pipeline.engine.ledger import read_group_fingerprint
 from pipeline.options import WorkflowConfig
 from pipeline.plan import Plan
+from pipeline.resources import Resources
 from pipeline.stage import Shard, Stage
 from pipeline.storage.run_folder import SUMMARY, RunFolder
 from pipeline.workflow import ShardedWorkflow
@@ -71,6 +72,7 @@ from stages.sources.parquet import ParquetConfig
 from stages.sources.registry import AnySource
 from stages.sources.synthetic.source import SyntheticConfig
 from stages.stores import previous_header, run_removals
+from workflows.gpus import gpus_of_models
 
 
 class StoreConfig(Config):
@@ -179,6 +181,7 @@ class Precompute(ShardedWorkflow):
     name = "precompute"
     summary = "download and resize images, encode captions, into a store of cached tensors"
     config_class = PrecomputeConfig
+    has_parts = True
     config: PrecomputeConfig
 
     def modules(self) -> Sequence[str]:
@@ -187,6 +190,12 @@ class Precompute(ShardedWorkflow):
         for captioner in self.config.captioners:
             found += captioner.modules() if isinstance(captioner, ModelCaptionerConfig) else ()
         return list(dict.fromkeys([EncodeStage.__module__, *ResizeStage.modules, *found])) if models or found else []
+
+    def resources(self) -> Resources:
+        config = self.config
+        models = (*config.encoders, *config.image_encoders, *config.captioners, *config.stages)
+        num_cpus = config.execution.num_cpus or (16 if config.images.sizes_px else 4)
+        return Resources(float(num_cpus), gpus_of_models(models))
 
     def plan(self, run: RunFolder) -> Plan:
         config = self.config
@@ -220,6 +229,7 @@ class Precompute(ShardedWorkflow):
             max_drop_fraction=config.max_drop_fraction,
             keep=frozenset([ORIGINALS]) if config.keep_originals else frozenset(),
             shard_size=config.shard_size,
+            no_parts=self._no_parts(),
             captions=source.captions,
             further_captions=partial(_further_captions, source, self._columns),
             outlook=partial(self._outlook, run, source),
@@ -231,6 +241,16 @@ class Precompute(ShardedWorkflow):
                 if isinstance(encoder, EncoderConfig) and encoder.model == TINY_MODEL
             ),
         )
+
+    def _no_parts(self) -> str:
+        for captioner in self.config.captioners:
+            for limit in ("max_requests", "max_cost"):
+                if getattr(captioner, limit, None) is not None:
+                    return (
+                        f"captioners.{captioner.name}.{limit} holds for one driver, and each part has its own; set it "
+                        "to null, or run without --part"
+                    )
+        return ""
 
     @property
     def _columns(self) -> tuple[CaptionColumn, ...]:

@@ -7,6 +7,7 @@ from pydantic import model_validator
 from imagen_core.train import TrainConfig
 from pipeline.config import Config
 from pipeline.job import Job, JobWorkflow
+from pipeline.resources import Resources
 from pipeline.storage.run_folder import RunFolder
 from stages.encoders.registry import AnyEncoder
 from stages.training.config import WorkersConfig
@@ -47,6 +48,10 @@ class Train(JobWorkflow):
 
     def work(self, job: Job) -> Mapping[str, object]:
         return run_training(self.config.training(), self.config.workers, job, self.config.online_encoder)
+
+    def resources(self) -> Resources:
+        workers = self.config.workers
+        return Resources(num_cpus=8.0, num_gpus=0.0 if workers.use_gpu is False else workers.num_workers or 1.0)
 
     def dry_run(self) -> Mapping[str, object]:
         return dry_run_summary(self.config.training(), online=self.config.online_encoder is not None)

@@ -1,7 +1,8 @@
 """The configuration on the command line: how commands take one, and the commands that show and check it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,13 +55,18 @@ def run_and_show(workflow: "Workflow", out: str, options: "RunOptions", *, as_js
     Raises:
         RunError: it did.
     """
+    show_end(workflow, out, lambda: workflow.run(out, options), as_json=as_json)
+
+
+def show_end(workflow: "Workflow", out: str, run: Callable[[], Mapping[str, object]], *, as_json: bool) -> None:
+    """Calls what returns the summary of a run, or of a part of it, and prints it; as `run_and_show`."""
     from pipeline.cli.show import show_summary
     from pipeline.storage.run_folder import RunFolder
 
     raise_when_preempted()
     failure: RunError | None = None
     try:
-        summary: Mapping[str, object] = workflow.run(out, options)
+        summary = run()
     except RunError as error:
         failure, summary = error, error.summary
     except KeyboardInterrupt:
@@ -69,9 +75,18 @@ def run_and_show(workflow: "Workflow", out: str, options: "RunOptions", *, as_js
     if as_json:
         print_json(summary)
     else:
-        show_summary(summary, workflow.next_steps(RunFolder(out)))
+        show_summary(summary, _next_of_part(summary, out) or workflow.next_steps(RunFolder(out)))
     if failure is not None:
         raise failure
+
+
+def _next_of_part(summary: Mapping[str, object], out: str) -> list[tuple[str, str]]:
+    """What is left to do after a part of a run; nothing after a run."""
+    if "part" not in summary:
+        return []
+    missing = summary.get("missing")
+    steps = [("part", str(summary["part"])), *([("missing", f"parts {missing}")] if missing else [])]
+    return [*steps, ("finish", f"the last part does it, or pipeline finish {quote(out)}")]
 
 
 @config_app.command("ls")

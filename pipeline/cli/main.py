@@ -20,7 +20,9 @@ from typer.core import TyperGroup
 from imagen_core.far import without_secrets
 from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app, run_and_show
 from pipeline.cli.export_command import export
-from pipeline.cli.stage_commands import AsJson, print_json, stage_commands
+from pipeline.cli.finish_command import finish
+from pipeline.cli.schedule_command import schedule
+from pipeline.cli.stage_commands import AsJson, Quiet, TakeOver, print_json, stage_commands
 from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, PipelineError, StaleOutputError
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ app = typer.Typer(
 app.add_typer(config_app, name="config")
 app.add_typer(stage_commands)
 app.command()(export)
+app.command()(finish)
+app.command()(schedule)
 
 Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...). Default: runs/WORKFLOW.")]
 ExecutorName = Annotated[
@@ -110,11 +114,17 @@ def run(
         str | None,
         typer.Option(metavar="REASONS", help="Try dropped samples again: comma-separated drop reasons, or all."),
     ] = None,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take over the run folder of a run that is dead but still seems alive.")
-    ] = False,
+    take_over: TakeOver = False,
     check_input: CheckInput = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Do part K of N, next to drivers of the other parts. The last one to end finishes the run, or "
+            "`pipeline finish`.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a workflow. The same command again resumes it."""
@@ -123,13 +133,22 @@ def run(
         _dry_run(shown, restart, as_json)
         return
     from pipeline.executors.process import let_threads_sleep
-    from pipeline.options import RunOptions
+    from pipeline.options import Part, RunOptions
 
     let_threads_sleep()  # before the workflow imports torch
     folder = out or f"runs/{workflow}"
     chosen = build(workflow, config, overrides, folder)
     reasons = tuple(reason.strip() for reason in (retry_dropped or "").split(",") if reason.strip())
-    options = RunOptions(executor or chosen.default_executor, address, restart, reasons, quiet, take_over, check_input)
+    options = RunOptions(
+        executor or chosen.default_executor,
+        address,
+        restart,
+        reasons,
+        quiet,
+        take_over,
+        check_input,
+        None if part is None else Part.parse(part),
+    )
     run_and_show(chosen, folder, options, as_json=as_json)
 
 
@@ -276,43 +295,6 @@ def doctor(
     print_json(checks) if as_json else show_checks(checks)
     if any(check["status"] == "bad" for check in checks):
         raise typer.Exit(4)
-
-
-@app.command()
-def schedule(
-    workflow: WorkflowArg,
-    kind: Annotated[
-        str, typer.Option(help="cron, systemd, airflow, slurm, kuberay, kuberay-cron or docker.", show_default=False)
-    ],
-    overrides: Overrides = None,
-    config: ConfigFile = None,
-    out: Annotated[str | None, typer.Option("--out", help="Run folder. Default: runs/WORKFLOW.")] = None,
-    at: Annotated[
-        str | None, typer.Option(metavar="CRON", help="When: minute hour day month weekday. Default: '0 3 * * *'.")
-    ] = None,
-    timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Time zone of --at. Default: UTC.")] = None,
-    image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
-    write_to: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
-    ] = None,
-) -> None:
-    """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
-    from pipeline.config import local_path
-    from pipeline.deploy.schedule import Schedule, install_command, render, write_files
-
-    build(workflow, config, overrides)
-    wanted = Schedule(
-        kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, folder=Path.cwd()
-    )
-    files = render(wanted)
-    if write_to is not None:
-        paths = write_files(files, local_path(write_to, "--write-to"))
-        typer.echo("\n".join([*paths, f"install: {install_command(wanted, paths)}"]))
-    elif len(files) == 1:
-        typer.echo(next(iter(files.values())), nl=False)
-    else:
-        typer.echo("\n".join(f"# {name}\n{text}" for name, text in files.items()), nl=False)
 
 
 def _dry_run(show_plan: Callable[[], None], restart: bool, as_json: bool) -> None:

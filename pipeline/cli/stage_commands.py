@@ -10,6 +10,10 @@ import typer
 
 stage_commands = typer.Typer()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+TakeOver = Annotated[
+    bool, typer.Option("--take-over", help="Take over the run folder of a run that is dead but still seems alive.")
+]
 StoreArg = Annotated[str, typer.Argument(metavar="STORE", help="Store folder or URL, or the run folder around it.")]
 
 

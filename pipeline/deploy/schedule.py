@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 from pipeline.deploy.cron import parse_cron
 from pipeline.deploy.quoting import FILTERS
+from pipeline.deploy.slurm import SlurmOptions, array_install, slurm_values
 from pipeline.errors import (
     EXIT_ENVIRONMENT,
     EXIT_FAILED,
@@ -25,6 +26,7 @@ from pipeline.errors import (
     EXIT_USAGE,
     ConfigError,
 )
+from pipeline.resources import Resources
 from pipeline.storage.credentials import check_no_credentials
 
 FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
@@ -54,6 +56,13 @@ class Schedule:
     """Ray cluster to join."""
     folder: Path = Path()
     """The working folder of the command, so that relative paths keep their meaning."""
+    executor: str | None = None
+    """As of `pipeline run`; default that of the workflow, or ray where it takes that."""
+    slurm: SlurmOptions = SlurmOptions()
+    needs: Resources = Resources()
+    """What the run can make use of on one machine."""
+    paths: tuple[str, ...] = ()
+    """Files and folders of this machine that the configuration names."""
 
     @property
     def name(self) -> str:
@@ -76,7 +85,9 @@ class _Kind:
     """Whether it runs with the paths and packages of this machine."""
 
 
-_OPTIONS = ("at", "timezone", "image", "address")
+_SLURM = frozenset(SlurmOptions.__dataclass_fields__)
+_NAMED = ("at", "timezone", "image", "address", "config", "out", "executor")
+_OPTIONS = ("at", "timezone", "image", "address", *sorted(_SLURM))
 _TIMED = frozenset({"at", "timezone"})
 KINDS: Mapping[str, _Kind] = {
     "cron": _Kind({"crontab.j2": "{name}.crontab"}, "(crontab -l; cat {files}) | crontab -", _TIMED | {"address"}),
@@ -87,7 +98,7 @@ KINDS: Mapping[str, _Kind] = {
         _TIMED | {"address"},
     ),
     "airflow": _Kind({"airflow.py.j2": "{name}.py"}, "cp {files} $AIRFLOW_HOME/dags/", _TIMED | {"address"}),
-    "slurm": _Kind({"slurm.sh.j2": "{name}.sh"}, "sbatch {files}"),
+    "slurm": _Kind({"slurm.sh.j2": "{name}.sh"}, "sbatch {files}", _SLURM | {"image"}),
     "kuberay": _Kind(
         {"rayjob.yaml.j2": "{name}.yaml"},
         "kubectl apply -f {files}",
@@ -134,7 +145,7 @@ def render(schedule: Schedule) -> dict[str, str]:
         values["rayjob"] = environment.get_template("rayjob.yaml.j2").render(values, documents=False)
     return {
         name.format(name=schedule.name): environment.get_template(template).render(values)
-        for template, name in kind.templates.items()
+        for template, name in _templates(schedule, kind).items()
     }
 
 
@@ -143,6 +154,8 @@ def install_command(schedule: Schedule, paths: Sequence[str]) -> str:
     image = schedule.image or schedule.name
     mounts = [path for path in (_local_file(schedule.config), _local_folder(schedule.out)) if path]
     docker_run = ["docker", "run", "--rm", "--gpus", "all", *(f"--volume={path}:{path}" for path in mounts), image]
+    if schedule.slurm.array:
+        return array_install(paths)
     return KINDS[schedule.kind].install.format(
         files=shlex.join(paths), name=schedule.name, image=shlex.quote(image), docker_run=shlex.join(docker_run)
     )
@@ -166,11 +179,17 @@ def write_files(texts: Mapping[str, str], folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
+def _templates(schedule: Schedule, kind: _Kind) -> dict[str, str]:
+    finish = {"slurm_finish.sh.j2": "{name}-finish.sh"} if schedule.slurm.array else {}
+    return {**kind.templates, **finish}
+
+
 def _check(schedule: Schedule) -> _Kind:
     if schedule.kind not in KINDS:
         raise ConfigError(f"--kind {schedule.kind}: there is none of this name; choose from {', '.join(KINDS)}")
     kind = KINDS[schedule.kind]
-    options = {option: getattr(schedule, option) for option in (*_OPTIONS, "config", "out")}
+    given = {**asdict(schedule.slurm), **{name: getattr(schedule, name) for name in _NAMED}}
+    options = {name: None if value is None else str(value) for name, value in given.items()}
     named = [(f"--{option}", value) for option, value in options.items() if value is not None]
     named += [("KEY=VALUE", override) for override in schedule.overrides]
     for what, value in named:
@@ -203,10 +222,16 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
     config = _local_file(schedule.config)
     mounted = config if kind.on_this_machine or schedule.kind == "docker" else f"{_CONFIG_FOLDER}/config.yaml"
     address = "auto" if schedule.kind.startswith("kuberay") else schedule.address
+    out = str(folder / local) if local else schedule.out
+    slurm: dict[str, object] = {}
+    if schedule.kind == "slurm":
+        writable = [str(folder), *([out] if out and local else [])]
+        paths = [*schedule.paths, *([config] if config else [])]
+        slurm = slurm_values(schedule.slurm, schedule.needs, schedule.image, writable=writable, paths=paths)
     options = {
         "--config": mounted if config else schedule.config,
-        "--out": str(folder / local) if local else schedule.out,
-        "--executor": "ray" if address else None,
+        "--out": out,
+        "--executor": "ray" if address else schedule.executor or slurm.get("executor"),
         "--address": address,
     }
     arguments = ["run", schedule.workflow]
@@ -220,6 +245,7 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
         "arguments": arguments,
         "program": [str(script)] if script.exists() else [sys.executable, "-m", "pipeline"],
         "bin": str(bin_folder),
+        "run_folder": out or f"runs/{schedule.workflow}",
         "folder": str(folder),
         "user": str(os.getuid()),
         "at": at,
@@ -233,8 +259,9 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
         "ray_version": version("ray"),
         "again": EXIT_PREEMPTED,
         "final": FINAL_EXIT_CODES,
-        "install": install_command(schedule, [name.format(name=schedule.name) for name in kind.templates.values()]),
+        "install": install_command(schedule, [name.format(name=schedule.name) for name in _templates(schedule, kind).values()]),
         "documents": True,
+        **slurm,
     }
 
 

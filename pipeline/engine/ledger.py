@@ -1,6 +1,6 @@
 """The finished work: compares records on disk with the plan, and refuses what no longer fits."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -82,6 +82,8 @@ class Ledger:
         self._complete: set[str] = set()  # groups whose shared files exist
         self._seen: list[list[int]] = []  # [first, last] of each run of shard indices
         self._begun: set[str] = set()  # groups with records when `finished` began
+        self.within: Sequence[range] | None = None
+        """Indices of the shards that this process has to do with; None means all."""
 
     def refuse_changed_input(self) -> None:
         """Checks the first shard before anything is written: another shard_size or source shows there already.
@@ -279,6 +281,8 @@ class Ledger:
             for index in list(self.run.recorded_shards(group)):
                 if any(first <= index <= last for first, last in self._seen):
                     continue
+                if self.within is not None and not any(index in those for those in self.within):
+                    continue
                 if not self.restart:
                     raise StaleOutputError(
                         f"{self.run.url}: shard {shard_name(index)} of {group} is finished, but the source no longer "
@@ -324,6 +328,10 @@ class Ledger:
         """Deletes the manifest, before the first file that it lists is deleted or replaced."""
         if self.plan.final_file is not None:
             self.run.storage.delete(self.plan.final_file, durably=True)
+
+    def note_seen(self, shards: range) -> None:
+        """Tells that the source has these shards, in place of a pass by `finished`."""
+        self._seen = [[shards.start, shards.stop - 1]]
 
     def _record(self, index: int) -> None:
         if self._seen and self._seen[-1][1] == index - 1:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import yaml
@@ -23,7 +23,7 @@ from pipeline.plan import Plan
 from pipeline.signals import StopSignals
 from pipeline.storage.disk import disk_errors_explained
 from pipeline.storage.events import EventLog
-from pipeline.storage.run_folder import CONFIG, PLAN, QUARANTINE, SUMMARY, RunFolder
+from pipeline.storage.run_folder import CONFIG, DIVISION, PLAN, QUARANTINE, SUMMARY, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,13 @@ def run_workflow(
         run.storage.write_json(PLAN, plan.describe(workflow))
         events = EventLog(run.storage, run.lease)
         try:
-            return _execute(workflow, config.execution, state, executor, events, options, changes)
+            told: Summary = {"changed_settings": changes} if changes else {}
+            summary, tally = execute(workflow, config.execution, state, executor, events, options, finish_all, told)
+            run.storage.write_json(SUMMARY, summary)
         finally:
             events.close()
+        check_limits(state, tally, summary)
+        return summary
 
 
 def _prepare(state: RunState, options: RunOptions) -> None:
@@ -76,6 +80,7 @@ def _prepare(state: RunState, options: RunOptions) -> None:
     if options.retry_dropped:
         others = plan.retry(run, options.retry_dropped) if plan.retry is not None else None
         retries.begin_round(options.retry_dropped, others)
+    run.storage.delete(DIVISION)  # of drivers of parts: this one does what they left
     run.storage.delete(SUMMARY)
     run.storage.delete_folder(run.failures)
 
@@ -97,20 +102,45 @@ def _changed_settings(run: RunFolder, config: WorkflowConfig) -> list[str]:
     return [change for change in changes if not change.startswith("execution.")]
 
 
-def _execute(
+Finish = Callable[[RunState, Tally, Sequence[int], Lines], Mapping[str, object]]
+"""What follows the last shard: of a state, the sums, and indices of failed shards; returns entries of the summary."""
+
+
+def finish_all(state: RunState, tally: Tally, failed_shards: Sequence[int], lines: Lines) -> Mapping[str, object]:
+    """Writes the final file, once all shards are finished, and deletes what no record has."""
+    run, plan = state.run, state.plan
+    results = plan.finalize(run, tally.input_rows, failed_shards, lines.show)
+    lines.clear()
+    run.check()  # what another run has written since is not for this one to sweep
+    if run.index is not None and run.index.is_changed:
+        run.index.list_again()  # with what workers that died have left
+    state.ledger.sweep()
+    return results
+
+
+def execute(
     workflow: str,
     execution: ExecutionConfig,
     state: RunState,
     executor: Executor,
     events: EventLog,
     options: RunOptions,
-    changed_settings: list[str],
-) -> Summary:
+    finish: Finish,
+    told: Mapping[str, object],
+) -> tuple[Summary, Tally]:
+    """Runs the shards of a plan, in a folder that this process holds.
+
+    Args:
+        told: further entries of the summary.
+    Returns:
+        The summary, which is not written yet, and its sums.
+    """
     run, plan, started = state.run, state.plan, time.perf_counter()
     progress = Progress(plan.stages, plan.estimated_shards, quiet=options.quiet)
     stop = StopSignals(execution.grace_s)
     scheduler = Scheduler(state, executor, events, progress, execution, stop)
-    total = {} if plan.estimated_shards is None else {"shards": plan.estimated_shards}
+    total: dict[str, object] = {} if plan.estimated_shards is None else {"shards": plan.estimated_shards}
+    total |= {} if options.part is None else {"part": str(options.part)}
     events.write("run_started", workflow=workflow, executor=options.executor, **total)
     outcome = "interrupted"
     with stop:
@@ -122,12 +152,7 @@ def _execute(
             tally.subtract_retried(plan.row_group, state.retries.drops())
             run.check()
             lines = Lines(quiet=options.quiet, started=progress.started)
-            results = plan.finalize(run, tally.input_rows, scheduler.failed_shards, lines.show)
-            lines.clear()
-            run.check()  # what another run has written since is not for this one to sweep
-            if run.index is not None and run.index.is_changed:
-                run.index.list_again()  # with what workers that died have left
-            state.ledger.sweep()
+            results = finish(state, tally, scheduler.failed_shards, lines)
             outcome = "failed" if tally.shards_failed else "finished"
         except BaseException as error:
             outcome = f"stopped: {type(error).__name__}"
@@ -136,7 +161,7 @@ def _execute(
             executor.close()
             if run.lease is None or not run.lease.lost:
                 run.storage.clean()  # of workers that died, or were abandoned
-                _save_index(run)
+                save_index(run)
             events.write("run_ended", outcome=outcome)
     summary: Summary = {
         "workflow": workflow,
@@ -146,16 +171,14 @@ def _execute(
         "tally": asdict(tally),
         "this_run": progress.rates(),
         **({"notices": list(plan.notices)} if plan.notices else {}),
-        **({"changed_settings": changed_settings} if changed_settings else {}),
+        **told,
         **results,
     }
     run.check()
-    run.storage.write_json(SUMMARY, summary)
-    _check_limits(state, tally, summary)
-    return summary
+    return summary, tally
 
 
-def _save_index(run: RunFolder) -> None:
+def save_index(run: RunFolder) -> None:
     """Keeps what is known of the records for the next run, which finds out by itself what this one cannot write."""
     if run.index is None:
         return
@@ -167,8 +190,30 @@ def _save_index(run: RunFolder) -> None:
         log.warning("the records could not be written together, so the next run reads each: %s", error)
 
 
-def _check_limits(state: RunState, tally: Tally, summary: Summary) -> None:
+def check_limits(state: RunState, tally: Tally, summary: Summary) -> None:
+    """
+    Raises:
+        ShardError: shards failed.
+        DropLimitError: more samples were dropped than the plan allows.
+    """
+    check_failures(state.run, tally, summary)
     run, plan = state.run, state.plan
+    samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
+    dropped = rows - samples
+    if rows and dropped / rows > plan.max_drop_fraction:
+        raise DropLimitError(
+            f"max_drop_fraction: {dropped} of {rows} samples were dropped ({dropped / rows:.1%}), "
+            f"more than the {plan.max_drop_fraction:.1%} allowed; "
+            f"see {run.url}/{QUARANTINE} for each key and reason. The store holds the other {samples}.",
+            summary,
+        )
+
+
+def check_failures(run: RunFolder, tally: Tally, summary: Summary) -> None:
+    """
+    Raises:
+        ShardError: shards failed.
+    """
     if tally.shards_failed:
         first = tally.failures[0]
         error = ShardError(
@@ -180,12 +225,3 @@ def _check_limits(state: RunState, tally: Tally, summary: Summary) -> None:
         if tally.shards_failed == tally.shards:
             error.exit_code = EXIT_FAILED
         raise error
-    samples, rows = int(str(summary.get("num_samples", tally.input_rows))), tally.input_rows
-    dropped = rows - samples
-    if rows and dropped / rows > plan.max_drop_fraction:
-        raise DropLimitError(
-            f"max_drop_fraction: {dropped} of {rows} samples were dropped ({dropped / rows:.1%}), "
-            f"more than the {plan.max_drop_fraction:.1%} allowed; "
-            f"see {run.url}/{QUARANTINE} for each key and reason. The store holds the other {samples}.",
-            summary,
-        )

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.storage.record import Record
 
@@ -21,6 +22,14 @@ class Tally:
 
     def add(self, record: Record) -> None:
         self.groups.setdefault(record.group, GroupTally()).add(record)
+
+    def add_all(self, tally: Mapping[str, Any]) -> None:
+        """Adds the sums of other shards, as `dataclasses.asdict` makes them."""
+        for name in ("shards", "shards_skipped", "shards_failed", "input_rows"):
+            setattr(self, name, getattr(self, name) + tally[name])
+        for group, sums in tally["groups"].items():
+            self.groups.setdefault(group, GroupTally()).add_sums(**sums)
+        self.failures += tally["failures"]
 
     def subtract_retried(self, group: str, drops: Mapping[str, int]) -> None:
         """Subtracts drops of rows that were tried again: they count in the shard that tried them last."""
@@ -43,11 +52,17 @@ class GroupTally:
     counters: dict[str, float] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        self.shards += 1
-        self.rows += record.rows
-        self.bytes += record.bytes
-        for reason, count in record.drops.items():
+        self.add_sums(1, record.rows, record.bytes, record.drops, record.counters)
+
+    def add_sums(
+        self, shards: int, rows: int, bytes: int, drops: Mapping[str, int], counters: Mapping[str, float]
+    ) -> None:
+        """Adds what several records of other shards sum up to."""
+        self.shards += shards
+        self.rows += rows
+        self.bytes += bytes
+        for reason, count in drops.items():
             self.drops[reason] = self.drops.get(reason, 0) + count
-        for name, value in record.counters.items():
+        for name, value in counters.items():
             merge = min if name.endswith("_min") else max if name.endswith("_max") else operator.add
             self.counters[name] = merge(self.counters[name], value) if name in self.counters else value

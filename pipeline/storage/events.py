@@ -17,7 +17,9 @@ from typing import Any
 
 from pipeline.errors import LockedError
 from pipeline.storage import LocalStorage, Storage
-from pipeline.storage.lock import Lease
+from pipeline.storage.files import make_folder
+from pipeline.storage.lock import PARTS, Lease
+from pipeline.storage.open import open_storage
 
 _FILE = "events.jsonl"
 EVENTS_FOLDER = "events"
@@ -34,6 +36,7 @@ class EventLog:
         self._file: io.FileIO | None = None
         self._mutex = threading.Lock()
         if isinstance(storage, LocalStorage):
+            make_folder(storage.root)
             self._file = (storage.root / _FILE).open("ab+", buffering=0)
             end = self._file.seek(0, os.SEEK_END)
             if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
@@ -152,9 +155,17 @@ def _event(line: bytes) -> dict[str, Any]:
 
 
 def read_events(storage: Storage) -> Iterator[dict[str, Any]]:
-    """The events of all runs of the folder; an empty dict for a line that a killed run left unfinished."""
-    for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(storage.names(EVENTS_FOLDER)))]:
-        if storage.size(name) is None:
-            continue
-        for line in storage.read_lines(name):
-            yield _event(line.encode("utf-8", "surrogatepass"))
+    """The events of all runs of the folder, and then those of each part; an empty dict for a line that a killed run
+    left unfinished."""
+    for each in (storage, *event_folders_of_parts(storage).values()):
+        for name in [_FILE, *(f"{EVENTS_FOLDER}/{file}" for file in sorted(each.names(EVENTS_FOLDER)))]:
+            if each.size(name) is None:
+                continue
+            for line in each.read_lines(name):
+                yield _event(line.encode("utf-8", "surrogatepass"))
+
+
+def event_folders_of_parts(storage: Storage) -> dict[str, Storage]:
+    """Where the drivers of parts of a run write their events, by name."""
+    names = sorted(name for name, is_folder in open_storage(f"{storage.url}/{PARTS}").entries() if is_folder)
+    return {name: open_storage(f"{storage.url}/{PARTS}/{name}") for name in names}

@@ -25,9 +25,13 @@ _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EM
 """What file systems without hard links answer: exFAT, FAT, many FUSE mounts."""
 
 
-def temporary_name(final: Path) -> Path:
-    """A unique sibling of `final`; it keeps the suffix, which some writers depend on."""
-    return final.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex[:12]}-{final.name}")
+def temporary_name(final: Path, owner: str = "") -> Path:
+    """A unique sibling of `final`; it keeps the suffix, which some writers depend on.
+
+    Args:
+        owner: begins the name, for `remove_temporaries`.
+    """
+    return final.with_name(f"{TEMPORARY_MARK}{owner}{uuid.uuid4().hex[:12]}-{final.name}")
 
 
 def make_folder(path: Path) -> None:
@@ -220,13 +224,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_temporaries(folder: Path, linked: str = "") -> int:
+def remove_temporaries(folder: Path, linked: str = "", owner: str = "") -> int:
     """Deletes unfinished files of killed processes anywhere under `folder`; returns their number.
 
     Folders of other runs, which have a `.lock`, are left alone. Links to folders are followed directly below the
     subfolder `linked`, so that the groups of a store may lie on other disks.
+
+    Args:
+        owner: only those whose names begin with it; see `temporary_name`.
     """
-    leftovers = list(_temporaries(folder, linked)) if folder.is_dir() else []
+    found = _temporaries(folder, linked) if folder.is_dir() else ()
+    leftovers = [path for path in found if path.name.startswith(TEMPORARY_MARK + owner)]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

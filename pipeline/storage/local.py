@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import (
@@ -31,16 +32,19 @@ class LocalStorage(Storage):
         super().__init__()
         self.root = root.absolute()
         self.url = str(self.root)
+        self.owner = ""
+        """Begins the names of temporary files, where several processes that do not know each other write here."""
 
     @property
     def local(self) -> Path:
         return self.root
 
     def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root}
+        return {"root": self.root, "owner": self.owner}
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["root"])
+        self.owner = state["owner"]
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}"  # not a Path, which costs as much as the system call
@@ -133,7 +137,7 @@ class LocalStorage(Storage):
     def new_file(self, name: str) -> Path:
         final = self.root / name
         make_folder(final.parent)
-        return temporary_name(final)
+        return temporary_name(final, self.owner)
 
     def publish(self, local: Path, name: str) -> None:
         self.before_change()
@@ -142,10 +146,10 @@ class LocalStorage(Storage):
     def new_folder(self) -> Path:
         staging = self.root / "staging"
         make_folder(staging)
-        return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK, dir=staging))
+        return Path(tempfile.mkdtemp(prefix=TEMPORARY_MARK + self.owner, dir=staging))
 
     def clean(self, folder: str = "") -> int:
-        return remove_temporaries(self.root / folder, linked=_STORE) + clean_scratch()
+        return remove_temporaries(self.root / folder, linked=_STORE, owner=self.owner) + clean_scratch()
 
 
 def _unless_gone(function: object, path: str, error: tuple[type[BaseException], BaseException, object]) -> None:

@@ -9,6 +9,9 @@ Every workflow asks the same `Lease`, at each step's end and before each change 
 replacing the version that was read, so of several runs that meet an expired one a single one gets it, and a process
 that was suspended while it renewed does not get it back. A run whose lease is gone stops too: another one may have had
 the folder and ended.
+
+Drivers of parts of a run hold a lease each, `parts/NUMBER.lease.json`, and go on together; a run of all of the folder
+and they exclude each other: each takes its own lease, and then looks for those of the others.
 """
 
 import getpass
@@ -34,6 +37,9 @@ from pipeline.storage.files import make_folder
 log = logging.getLogger(__name__)
 
 LEASE = ".lease.json"
+_LOCK = ".lock"
+PARTS = "parts"
+"""Folder of what the drivers of parts write for themselves."""
 RENEW_S = 15.0
 EXPIRE_S = 120.0
 _STEP_S = 1.0
@@ -45,6 +51,8 @@ _ANSWER_S = 5.0
 _TRIES = 5
 _LOCK_TIMEOUT_S = 1.0  # `pipeline status` holds the lock for a moment
 _POLL_S = 1.0
+_PATIENCE_S = 5.0
+"""A driver of a part waits so long for a run of all, which may be another driver that looks whether it is the last."""
 _MOST_CLOCKS_DIFFER_S = 60.0
 _NUMBERS = ("pid", "since", "renewed")
 _TEXTS = ("owner", "host", "user")
@@ -53,19 +61,20 @@ _TEXTS = ("owner", "host", "user")
 class Lease:
     """The right to write into a run folder. Picklable: workers ask it before they write."""
 
-    def __init__(self, storage: Storage, owner: str):
+    def __init__(self, storage: Storage, owner: str, name: str = LEASE):
         self.storage = storage
         self.owner = owner
+        self.name = name
         self.lost = ""
         """Who has taken the folder over, in words, once that is known; the right never comes back."""
         self._seen_s = -math.inf
         self._asking: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"storage": self.storage, "owner": self.owner, "lost": self.lost}
+        return {"storage": self.storage, "owner": self.owner, "name": self.name, "lost": self.lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["storage"], state["owner"])
+        self.__init__(state["storage"], state["owner"], state["name"])
         self.lost = state["lost"]
 
     def check(self, within_s: float = 0.0) -> None:
@@ -119,17 +128,20 @@ class Lease:
 
     def _read(self) -> None:
         asked_s = _clock_s()
-        found = read_lease(self.storage)
+        found = read_lease(self.storage, self.name)
         if found is not None and found["owner"] == self.owner:
             self._seen_s = asked_s
             return
-        gone = f"({LEASE} is gone: another run had it, or it was deleted)"
+        gone = f"({self.name} is gone: another run had it, or it was deleted)"
         to = f"to {describe(found)}" if found is not None else gone
         self.lost = f"--out {self.storage.url}: this run lost the folder {to}; it stops, and its finished work stays"
 
 
 class RunLock:
-    """Context in which the run folder of a storage belongs to this process.
+    """Context in which the run folder of a storage, or one of its parts, belongs to this process.
+
+    Args:
+        name: of the lease: `LEASE`, or one of `lease_of_part`.
 
     Attributes:
         lease: the right to write; valid inside the context.
@@ -139,10 +151,11 @@ class RunLock:
         ConfigError: the folder cannot be made.
     """
 
-    def __init__(self, storage: Storage, *, take_over: bool = False):
+    def __init__(self, storage: Storage, *, take_over: bool = False, name: str = LEASE):
         self.storage = storage
         self.take_over = take_over
-        self.lease = Lease(storage, uuid.uuid4().hex)
+        self.name = name
+        self.lease = Lease(storage, uuid.uuid4().hex, name)
         self._since = time.time()
         self._file_lock: FileLock | None = None
         self._ended = threading.Event()
@@ -153,6 +166,11 @@ class RunLock:
             self._lock_file(self.storage)
         try:
             self._acquire()
+            try:
+                self._exclude_others()
+            except BaseException:
+                self._release()
+                raise
         except BaseException:
             self._unlock_file()
             raise
@@ -165,26 +183,41 @@ class RunLock:
         self._ended.set()
         self._renewal.join()
         try:
-            found = read_lease(self.storage)
-            if found is not None and found["owner"] == self.lease.owner:
-                self.storage.delete(LEASE)
+            self._release()
         finally:
             self._unlock_file()
 
+    def _release(self) -> None:
+        found = read_lease(self.storage, self.name)
+        if found is not None and found["owner"] == self.lease.owner:
+            self.storage.delete(self.name)
+
+    def _exclude_others(self) -> None:
+        """A run of all ends a part's, or is refused because of it, and the other way round."""
+        is_part = self.name != LEASE
+        end = time.monotonic() + (_PATIENCE_S if is_part else 0.0)
+        for name in [LEASE] if is_part else leases_of_parts(self.storage):
+            if self.take_over:
+                self.storage.delete(name)
+            while is_held(self.storage, name):
+                if time.monotonic() >= end:
+                    raise self._refusal(read_lease(self.storage, name), name)
+                time.sleep(_POLL_S)
+
     def _lock_file(self, storage: LocalStorage) -> None:
         try:
-            make_folder(storage.root)
+            make_folder((storage.root / self.name).parent)
         except OSError as error:
             if takes_no_data(error):
                 raise
             raise ConfigError(
                 f"--out {storage.url}: cannot be made ({error.strerror}); choose a folder that you can write to"
             ) from error
-        lock = FileLock(storage.root / ".lock")
+        lock = FileLock(storage.root / _lock_of(self.name))
         try:
             lock.acquire(timeout=_LOCK_TIMEOUT_S)
         except Timeout as error:
-            raise self._refusal(read_lease(storage)) from error
+            raise self._refusal(read_lease(storage, self.name)) from error
         self._file_lock = lock
 
     def _unlock_file(self) -> None:
@@ -195,28 +228,28 @@ class RunLock:
         for _ in range(_TRIES):
             if self._created():
                 return
-            version = self.storage.version(LEASE)
+            version = self.storage.version(self.name)
             if version is None:
                 continue  # its owner ended meanwhile
-            found = read_lease(self.storage)
+            found = read_lease(self.storage, self.name)
             if found is None:
                 time.sleep(_POLL_S)  # without hard links its name is there before its content
-                version, found = self.storage.version(LEASE), read_lease(self.storage)
+                version, found = self.storage.version(self.name), read_lease(self.storage, self.name)
             if found is not None and not (self.take_over or self._is_dead(found)):
                 raise self._refusal(found)
             if version is None:
                 continue
-            if self.storage.replace(LEASE, self._content(), version):
+            if self.storage.replace(self.name, self._content(), version):
                 return
             break
-        now = read_lease(self.storage)
+        now = read_lease(self.storage, self.name)
         if now is None or now["owner"] != self.lease.owner:  # else an answer was lost on the way
             raise self._refusal(now)
 
     def _created(self) -> bool:
         """Takes a lease that does not exist."""
         try:
-            return self.storage.create(LEASE, self._content())
+            return self.storage.create(self.name, self._content())
         except FileNotFoundError:  # it existed, and ended meanwhile
             return False
 
@@ -236,7 +269,7 @@ class RunLock:
         end = time.monotonic() + EXPIRE_S
         while time.monotonic() < end:
             time.sleep(_POLL_S)
-            if read_lease(self.storage) != lease:
+            if read_lease(self.storage, self.name) != lease:
                 return False
         return True
 
@@ -254,18 +287,20 @@ class RunLock:
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
             try:
-                version = self.storage.version(LEASE)
+                version = self.storage.version(self.name)
                 self.lease.check()
                 if version is not None:  # else it was deleted just now
-                    self.storage.replace(LEASE, self._content(), version)
+                    self.storage.replace(self.name, self._content(), version)
             except LockedError:
                 return
             except (PipelineError, OSError, ValueError) as error:
                 log.warning("the lease could not be renewed, trying again: %s", error)
 
-    def _refusal(self, lease: dict[str, Any] | None) -> LockedError:
+    def _refusal(self, lease: dict[str, Any] | None, name: str = "") -> LockedError:
+        part = part_of_lease(name or self.name)
+        what = f"another run is working {'in this folder' if part is None else f'on part {part} of it'}"
         return LockedError(
-            f"--out {self.storage.url}: another run is working in this folder: {describe(lease)}. Wait for it, or "
+            f"--out {self.storage.url}: {what}: {describe(lease)}. Wait for it, or "
             f"choose another folder. If it is dead, its lease expires {EXPIRE_S:.0f} s after its last renewal; "
             "--take-over does not wait for that"
         )
@@ -276,9 +311,35 @@ def _clock_s() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def read_lease(storage: Storage) -> dict[str, Any] | None:
-    """The lease of a folder; None if there is none that can be read."""
-    lease = storage.read_json_if_whole(LEASE)
+def lease_of_part(part: int | str) -> str:
+    """The name of the lease of a part, by its number, or of what several parts do one after the other."""
+    return f"{PARTS}/{part:05d}{LEASE}" if isinstance(part, int) else f"{PARTS}/{part}{LEASE}"
+
+
+def part_of_lease(name: str) -> int | None:
+    """The number in a name of `lease_of_part`."""
+    digits = name.removeprefix(f"{PARTS}/").removesuffix(LEASE)
+    return int(digits) if name.startswith(f"{PARTS}/") and digits.isdigit() else None
+
+
+def leases_of_parts(storage: Storage) -> list[str]:
+    """The leases of parts that are there, also of dead drivers."""
+    return sorted(f"{PARTS}/{name}" for name in storage.names(PARTS) if name.endswith(LEASE))
+
+
+def running_parts(storage: Storage) -> list[int]:
+    """The numbers of the parts whose drivers are at work."""
+    found = ((part_of_lease(name), name) for name in leases_of_parts(storage))
+    return sorted(part for part, name in found if part is not None and is_held(storage, name))
+
+
+def _lock_of(name: str) -> str:
+    return name.removesuffix(LEASE) + _LOCK
+
+
+def read_lease(storage: Storage, name: str = LEASE) -> dict[str, Any] | None:
+    """The lease of a folder, or of a part; None if there is none that can be read."""
+    lease = storage.read_json_if_whole(name)
     if not isinstance(lease, dict):
         return None
     whole = all(isinstance(lease.get(name), str) for name in _TEXTS)
@@ -286,14 +347,26 @@ def read_lease(storage: Storage) -> dict[str, Any] | None:
 
 
 def is_running(storage: Storage) -> bool:
-    """True while some process holds the folder; on a local folder that cannot be written to, as far as is known."""
-    lease = read_lease(storage)
+    """True while some process holds the folder or a part of it; see `is_held`."""
+    return is_held(storage, LEASE) or any(is_held(storage, name) for name in leases_of_parts(storage))
+
+
+def describe_holder(storage: Storage) -> str:
+    """The process that holds the folder, in words; of several that hold parts of it, the first."""
+    names = [name for name in (LEASE, *leases_of_parts(storage)) if read_lease(storage, name) is not None]
+    first = describe(read_lease(storage, names[0] if names else LEASE))
+    return first if len(names) < 2 else f"{first}, and {len(names) - 1} more"
+
+
+def is_held(storage: Storage, name: str) -> bool:
+    """True while some process has the lease; on a local folder that cannot be written to, as far as is known."""
+    lease = read_lease(storage, name)
     if lease is None:
         return False
     recent = abs(time.time() - lease["renewed"]) <= EXPIRE_S
     if not isinstance(storage, LocalStorage) or lease["host"] != socket.gethostname():
         return recent
-    lock = FileLock(storage.root / ".lock")
+    lock = FileLock(storage.root / _lock_of(name))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -8,12 +8,13 @@ from typing import Any
 from pipeline.errors import ConfigError, PipelineError, UnavailableError
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.lock import PARTS
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import CONFIG, ESTIMATE, METRICS, PLAN, STORE, SUMMARY, RunFolder
 
 _PATH_KEYS = frozenset(("path", "folder", "store", "checkpoint", "file_list", "model", "clip_images", "clip_texts"))
 _PARTS_OF_RUNS = frozenset(
-    (STORE, "state", "staging", "quarantine", "input", "retries", "report", "checkpoints", "estimate")
+    (STORE, "state", "staging", "quarantine", "input", "retries", "report", "checkpoints", "estimate", PARTS)
 )
 _FILES_OF_RUNS = frozenset(
     (CONFIG, PLAN, SUMMARY, METRICS, ESTIMATE, "events.jsonl", "start.json", "starts.jsonl", "validation.json")

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterator
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import json_text
+from pipeline.storage.lock import PARTS
+from pipeline.storage.open import open_storage
 from pipeline.storage.record import Record, shard_name, shard_of
 
 log = logging.getLogger(__name__)
@@ -37,13 +39,19 @@ class RecordIndex:
     are on disk. Safe for threads; not picklable.
     """
 
-    def __init__(self, storage: Storage):
+    def __init__(self, storage: Storage, home: str = ""):
+        """
+        Args:
+            home: folder of the objects with all records, where it is not `state/<group>`: another process has its own.
+        """
         self._storage = storage
+        self._home = home
         self._mutex = threading.RLock()
         self._sizes: dict[str, dict[str, int]] = {}
         """Folder -> name -> bytes."""
         self._versions: dict[str, dict[int, int]] = {}
         """Group -> shard index -> digest of the record's size and version."""
+        self._homes: list[str] | None = None
         self._loaded: set[str] = set()
         """Groups whose object with all records was looked for."""
         self._unsaved: dict[str, int] = {}
@@ -156,7 +164,7 @@ class RecordIndex:
     def _save(self, group: str) -> None:
         """Lists the group first, for the versions of new records; those with another size than was written are left
         out, to be read by themselves."""
-        name = f"{_folder(group)}/{TOGETHER}"
+        name = self._together(group)
         with self._mutex:
             if self._listed(group) and self._has_new(group):
                 del self._versions[group]
@@ -168,7 +176,7 @@ class RecordIndex:
                 ):
                     for version, data in self._content(group):
                         lines.write(b"[%d, %s]\n" % (version, zlib.decompress(data)))
-            elif TOGETHER in self._sizes.get(_folder(group), ()):
+            elif self._storage.size(name) is not None:
                 self._storage.delete(name)
             self._unsaved[group] = 0
 
@@ -203,11 +211,24 @@ class RecordIndex:
         if group not in self._loaded:
             self._loaded.add(group)
             if TOGETHER in others:
-                self._load(group, versions)
+                self._load(group, versions, f"{_folder(group)}/{TOGETHER}")
+            for name in self._others(group):
+                self._load(group, versions, name)
         return versions
 
-    def _load(self, group: str, versions: dict[int, int]) -> None:
-        name = f"{_folder(group)}/{TOGETHER}"
+    def _together(self, group: str) -> str:
+        """The object with all records of a group."""
+        return f"{self._home}/{group}-{TOGETHER}" if self._home else f"{_folder(group)}/{TOGETHER}"
+
+    def _others(self, group: str) -> list[str]:
+        """The objects with the records of parts of the group: this process's own, or those of all."""
+        if self._homes is None:
+            parts = open_storage(f"{self._storage.url}/{PARTS}").entries() if not self._home else ()
+            self._homes = [f"{PARTS}/{name}" for name, is_folder in parts if is_folder] or [self._home]
+        names = [f"{home}/{group}-{TOGETHER}" for home in sorted(self._homes) if home]
+        return [name for name in names if self._storage.size(name) is not None]
+
+    def _load(self, group: str, versions: dict[int, int], name: str) -> None:
         copy = self._storage.copy(name)
         try:
             with gzip.open(copy, "rb") as lines:

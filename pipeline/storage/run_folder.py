@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import ConfigError, LostFileError, MachineError
 from pipeline.storage import LocalStorage, Storage
 from pipeline.storage.files import damaged, file_digest
-from pipeline.storage.lock import Lease, RunLock
+from pipeline.storage.lock import LEASE, PARTS, Lease, RunLock, lease_of_part
 from pipeline.storage.open import open_storage
 from pipeline.storage.record import CommittedFile, Record, shard_name, shard_of
 from pipeline.storage.record_index import RecordIndex
@@ -23,6 +23,8 @@ PLAN = "plan.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 ESTIMATE = "estimate.json"
+DIVISION = f"{PARTS}/plan.json"
+"""How the work is divided among several drivers, if it is."""
 STORE = "store"
 QUARANTINE = "quarantine"
 
@@ -137,12 +139,20 @@ class RunFolder:
         """Groups that any run of the folder has started, sorted."""
         return sorted(name.removesuffix(".json") for name in self.storage.names("state") if name.endswith(".json"))
 
+    def part_folder(self, part: int) -> str:
+        """Where the driver of a part writes what is its own: events, and what it knows of the records."""
+        return f"{PARTS}/{part:05d}"
+
     @contextmanager
-    def indexed(self) -> Iterator[None]:
-        """Within it, a folder on an object store is listed once: nobody else changes it, or that does not matter."""
+    def indexed(self, part: int | None = None) -> Iterator[None]:
+        """Within it, a folder on an object store is listed once: nobody else changes it, or that does not matter.
+
+        Args:
+            part: nobody else changes what is of the shards of this part.
+        """
         before, self.index = self.index, self.index
         if before is None and not isinstance(self.storage, LocalStorage):
-            self.index = RecordIndex(self.storage)
+            self.index = RecordIndex(self.storage, "" if part is None else self.part_folder(part))
         try:
             yield
         finally:
@@ -239,15 +249,20 @@ class RunFolder:
             self.lease.check_step()
 
     @contextmanager
-    def lock(self, *, take_over: bool = False) -> Iterator[Lease]:
-        """Holds the folder for this process while the block runs, without what killed ones left half-written; see
-        `RunLock`."""
-        with RunLock(self.storage, take_over=take_over) as lease:
-            self.storage.clean()
+    def lock(self, *, take_over: bool = False, part: int | None = None) -> Iterator[Lease]:
+        """Holds the folder, or a part of it, for this process while the block runs, without what killed ones left
+        half-written; see `RunLock`."""
+        name = LEASE if part is None else lease_of_part(part)
+        with RunLock(self.storage, take_over=take_over, name=name) as lease:
+            if part is not None and isinstance(self.storage, LocalStorage):
+                self.storage.owner = f"part{part:05d}-"
             self.lease, allowed = lease, self.storage.before_change
-            self.storage.before_change = lease.check_change
             try:
-                with self.indexed():
+                self.storage.clean()
+                self.storage.before_change = lease.check_change
+                with self.indexed(part):
                     yield lease
             finally:
                 self.lease, self.storage.before_change = None, allowed
+                if isinstance(self.storage, LocalStorage):
+                    self.storage.owner = ""

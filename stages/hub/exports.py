@@ -11,7 +11,7 @@ from imagen_core.store import StoreError
 from pipeline.errors import ConfigError, LockedError, MachineError
 from pipeline.storage import Storage
 from pipeline.storage.files import file_digest
-from pipeline.storage.lock import LEASE, describe, is_running
+from pipeline.storage.lock import describe_holder, is_running
 from pipeline.storage.open import open_storage
 from pipeline.storage.run_folder import RunFolder
 from stages.exports.finish import DESCRIPTION
@@ -47,7 +47,7 @@ def export_package(place: str, storage: Storage) -> Package:
         LockedError: an export is at work there.
     """
     if is_running(storage):
-        raise LockedError(f"{place}: is being changed by {describe(storage.read_json(LEASE))}; push it afterwards")
+        raise LockedError(f"{place}: is being changed by {describe_holder(storage)}; push it afterwards")
     run = RunFolder(storage)
     description = storage.read_json(DESCRIPTION, "export the store again with --restart")
     if not isinstance(description, dict) or not isinstance(description.get("store"), dict):

@@ -25,7 +25,7 @@ from imagen_core.store import (
 from imagen_core.store.removal_log import REMOVAL_HEAD
 from imagen_core.store.verification.coverage import Coverage
 from pipeline.errors import ConfigError, LockedError
-from pipeline.storage.lock import LEASE, describe, is_running
+from pipeline.storage.lock import describe_holder, is_running
 from pipeline.storage.run_folder import RunFolder
 from stages.hub.cards import StoreFacts, store_card
 from stages.hub.package import STORE, Item, Package
@@ -48,7 +48,7 @@ def store_package(place: str) -> Package:
     folder, run = open_place(place)
     storage = (run or RunFolder(folder.url)).storage
     if is_running(storage):
-        holder = describe(storage.read_json(LEASE))
+        holder = describe_holder(storage)
         raise LockedError(f"{place}: is being changed by {holder}; push it when that has ended")
     try:
         manifest = load_manifest(folder)

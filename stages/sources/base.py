@@ -3,7 +3,7 @@
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -207,6 +207,19 @@ class Source(ABC):
     def ignored(self) -> Counter[str]:
         """How many files and members are no data, by rule; known after a pass over all rows."""
         return self.ignored_files + self.ignored_members
+
+    @property
+    def passed_over(self) -> dict[str, Any]:
+        """What the last pass over all rows left out: `filtered`, `unread_bytes`, and `ignored` by rule."""
+        return {"filtered": self.filtered, "unread_bytes": self.unread_bytes, "ignored": dict(self.ignored)}
+
+    @passed_over.setter
+    def passed_over(self, counts: Mapping[str, Any]) -> None:
+        """Takes what another process counted, instead of a pass."""
+        self.filtered, self.unread_bytes = counts["filtered"], counts["unread_bytes"]
+        self.ignored_files.clear()
+        self.ignored_members.clear()
+        self.ignored_members.update(counts["ignored"])
 
     @property
     def column_types(self) -> dict[str, ColumnType]:

@@ -6,12 +6,13 @@ that a later run found in addition, and so on; each is written before the first 
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import StaleOutputError
+from pipeline.plan import InputCounts
 from pipeline.stage import Shard
 from pipeline.storage.files import damaged
 from pipeline.storage.run_folder import RunFolder
@@ -39,17 +40,35 @@ class InputBatches:
         self._new: Path | None = None
         self._lost: list[str] = []
         self._begun = self._reads_all = False
+        self._taken: Sequence[range] | None = None
 
     def shards(self) -> Iterator[Shard]:
         self._new_parts()
         if self._lost:
             raise self._refusal()
+        if self._taken is not None:
+            return _within(self._taken, self._all_shards(note=False, count=True))
+        note = self._begun
+        unseen = not note and next(self.run.recorded_shards(self.row_group), None) is None
+        return self._all_shards(note=note, count=unseen and not self._reads_all)
+
+    def _all_shards(self, *, note: bool, count: bool) -> Iterator[Shard]:
         if isinstance(self.source, TableSource):
-            use, note = not self._reads_all, self._begun
-            count = use and not note and next(self.run.recorded_shards(self.row_group), None) is None
-            known = KnownShards(self.run, self.source, self.shard_size, use=use, note=note, count=count)
+            known = KnownShards(
+                self.run, self.source, self.shard_size, use=not self._reads_all, note=note, count=count
+            )
             return known.shards(list(self._parts()))
         return self.source.shards(self.shard_size, self._parts())
+
+    def count(self) -> InputCounts:
+        num_shards = sum(1 for _ in self._all_shards(note=self._begun, count=True))
+        return InputCounts(num_shards, len(self._files), self.source.passed_over)
+
+    def take(self, ranges: Sequence[range], counts: InputCounts) -> None:
+        self._taken = ranges
+        self._files = _batch_files(self.run)[: counts.batches]
+        self._new = None
+        self.source.passed_over = counts.passed_over
 
     def begin_run(self) -> None:
         self._begun = True
@@ -126,7 +145,8 @@ class InputBatches:
 
     def _parts(self) -> Iterator[InputPart]:
         yield from self._recorded()
-        yield from _read(self._new_parts(), len(self._files) + 1)
+        if self._taken is None:
+            yield from _read(self._new_parts(), len(self._files) + 1)
 
     def _write(self, file: str, parts: Iterable[InputPart]) -> None:
         self.run.storage.write_json_lines(file, map(_entry, parts))
@@ -137,6 +157,16 @@ class InputBatches:
             + "\n  ".join(self._lost)
             + "\nRestore it, choose another --out, or rebuild what changed with --restart."
         )
+
+
+def _within(ranges: Sequence[range], shards: Iterator[Shard]) -> Iterator[Shard]:
+    """The shards with these indices; the others after the last of them are not looked at."""
+    end = max((those.stop for those in ranges if those), default=0)
+    for shard in shards if end else ():
+        if any(shard.index in those for those in ranges):
+            yield shard
+        if shard.index + 1 >= end:
+            return
 
 
 def first_part(run: RunFolder) -> InputPart | None:

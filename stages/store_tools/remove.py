@@ -27,7 +27,7 @@ from imagen_core.store import (
 )
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_OK, ConfigError, LockedError, LostFileError
-from pipeline.storage.lock import LEASE, describe
+from pipeline.storage.lock import describe_holder
 from pipeline.storage.run_folder import RunFolder
 from pipeline.units import human_bytes
 from stages.duplicates.find import read_duplicates
@@ -109,7 +109,7 @@ def _held(owner: RunFolder, *, dry_run: bool) -> Iterator[str | None]:
             try:
                 stack.enter_context(owner.lock())
             except LockedError:
-                holder = describe(owner.storage.read_json(LEASE))
+                holder = describe_holder(owner.storage)
         yield holder
 
 

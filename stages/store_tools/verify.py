@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from imagen_core.store import Store, StoreError, VerifyReport, verify_store
 from pipeline.commands import CommandResult
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
-from pipeline.storage.lock import LEASE, describe, is_running
+from pipeline.storage.lock import describe_holder, is_running
 from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.scratch import scratch
 from pipeline.units import human_bytes
@@ -89,7 +89,7 @@ def _holder(path: str) -> str | None:
     """The process that works on the store or on the run around it, in words; None if there is none."""
     folder, run = open_place(path)
     storage = (run or RunFolder(folder.url)).storage
-    return describe(storage.read_json(LEASE)) if is_running(storage) else None
+    return describe_holder(storage) if is_running(storage) else None
 
 
 def _name_and_value(text: str, option: str, what: str, example: str) -> tuple[str, str]:

@@ -32,6 +32,7 @@ until [ "$(grep -c ^token "$CALLS")" = 2 ]; do sleep 0.02; done
 exit "${PYTHON_CODE:-0}"
 """,
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\n',
+    "squeue": '[ "$*" = "--noheader --jobs=${JOB:-42} --format=%T" ] && echo "${STATE:-RUNNING}"\n',
     "hostname": '[ "$1" = -I ] && echo "10.0.0.1 172.17.0.1" || echo node1\n',
 }
 
@@ -90,7 +91,7 @@ def test_the_directives_ask_for_a_signal_and_a_requeue(cluster: Cluster) -> None
     subprocess.run(["bash", "-n", str(cluster.script)], check=True)
     lines = cluster.script.read_text().splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
-    assert {"--signal=B:TERM@300", "--requeue", "--job-name=precompute-run1"} <= set(directives)
+    assert {"--signal=B:USR1@300", "--requeue", "--job-name=precompute-run1"} <= set(directives)
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(i < first_command for i, line in enumerate(lines) if line.startswith("#SBATCH"))
 
@@ -107,15 +108,30 @@ def test_a_preempted_run_is_put_back_into_the_queue(cluster: Cluster) -> None:
     assert cluster.calls() == [COMMAND, "scontrol requeue 42"]
 
 
-def test_slurms_signal_reaches_the_run_which_ends_in_its_own_time(cluster: Cluster) -> None:
+def test_the_signal_before_the_time_is_up_becomes_one_to_stop_and_the_run_ends_in_its_own_time(
+    cluster: Cluster,
+) -> None:
     job = cluster.start("wait")
     cluster.wait_for("calls.started")
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)
     cluster.wait_for("calls.stopping")
-    job.send_signal(signal.SIGTERM)  # a second one does not end the wait
+    job.send_signal(signal.SIGUSR1)  # a second one does not end the wait
     cluster.calls_file.with_name("calls.go").touch()
     assert job.wait(30) == 75
     assert cluster.calls() == [COMMAND, "scontrol requeue 42"]
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "CANCELLED"])
+def test_a_job_that_slurm_ends_is_told_once_and_put_back_only_if_it_still_runs(cluster: Cluster, state: str) -> None:
+    job = cluster.start("wait", STATE=state)
+    cluster.wait_for("calls.started")
+    job.send_signal(signal.SIGTERM)  # Slurm sends it to all processes of a job, here to the script alone
+    time.sleep(0.3)
+    assert not cluster.calls_file.with_name("calls.stopping").exists(), "it reaches the run a second time"
+    cluster.calls_file.with_name("calls.go").touch()
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
+    assert cluster.calls() == [COMMAND, *(["scontrol requeue 42"] if state == "RUNNING" else [])]
 
 
 def test_several_nodes_become_a_ray_cluster_with_a_token(cluster: Cluster) -> None:
