@@ -282,7 +282,12 @@ def doctor(
 def schedule(
     workflow: WorkflowArg,
     kind: Annotated[
-        str, typer.Option(help="cron, systemd, airflow, slurm, kuberay, kuberay-cron or docker.", show_default=False)
+        str,
+        typer.Option(
+            help="cron, systemd, airflow, slurm, kuberay, kuberay-cron, raycronjob, kueue, kubeflow, skypilot, dstack or "
+            "docker.",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -293,17 +298,18 @@ def schedule(
     timezone: Annotated[str | None, typer.Option(metavar="ZONE", help="Time zone of --at. Default: UTC.")] = None,
     image: Annotated[str | None, typer.Option(help="Container image with this project.")] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Kueue's LocalQueue.")] = None,
     write_to: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
-    """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    """Print the files with which a scheduler runs a workflow: cron, Airflow, Slurm, Kubernetes, SkyPilot and others."""
     from pipeline.config import local_path
     from pipeline.deploy.schedule import Schedule, install_command, render, write_files
 
     build(workflow, config, overrides)
     wanted = Schedule(
-        kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, folder=Path.cwd()
+        kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, queue, Path.cwd()
     )
     files = render(wanted)
     if write_to is not None:
