@@ -30,7 +30,12 @@ Array = Annotated[
 def schedule(
     workflow: WorkflowArg,
     kind: Annotated[
-        str, typer.Option(help="cron, systemd, airflow, slurm, kuberay, kuberay-cron or docker.", show_default=False)
+        str,
+        typer.Option(
+            help="cron, systemd, airflow, slurm, kuberay, kuberay-cron, raycronjob, kueue, kubeflow, skypilot, dstack or "
+            "docker.",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -44,6 +49,7 @@ def schedule(
         str | None, typer.Option("--image", "--container-image", help="Container image with this project.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    queue: Annotated[str | None, typer.Option(metavar="NAME", help="Kueue's LocalQueue.")] = None,
     nodes: Nodes = None,
     cpus: Cpus = None,
     gpus: Gpus = None,
@@ -57,13 +63,13 @@ def schedule(
         str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
-    """Print the files with which a scheduler runs a workflow: cron, systemd, Airflow, Slurm, KubeRay, Docker."""
+    """Print the files with which a scheduler runs a workflow: cron, Airflow, Slurm, Kubernetes, SkyPilot and others."""
     from pipeline.deploy.schedule import Schedule
     from pipeline.deploy.slurm import SlurmOptions, local_paths
 
     chosen = build(workflow, config, overrides)
     wanted = Schedule(
-        *(kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address),
+        *(kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, queue),
         folder=Path.cwd(),
         executor=executor,
         slurm=SlurmOptions(nodes, cpus, gpus, memory, time, partition, account, qos, array),

@@ -13,6 +13,20 @@ import yaml
 _ONE_LINE = 1_000_000  # characters
 
 
+def guarded_command(words: Sequence[str]) -> str:
+    """A shell command for files that are read before the shell is: `$` stands where it begins nothing but for a shell.
+
+    Kubernetes expands `$(NAME)` and `$$` in the arguments of containers, which KubeRay makes of an entrypoint; dstack
+    `${{ name }}` and `$$` in commands.
+    """
+    return shlex.join(words).replace("$", "'\\$'")  # shlex puts every $ between single quotes
+
+
+def container_argument(word: str) -> str:
+    """An argument of a container, where Kubernetes takes `$$` for `$` and expands `$(NAME)` (Container v1 core)."""
+    return word.replace("$", "$$")
+
+
 def crontab(command: str) -> str:
     """A shell command on a line of a crontab, where an unescaped % ends it (crontab(5))."""
     return command.replace("%", "\\%")
@@ -43,6 +57,8 @@ def yaml_block(text: str, indent: int) -> str:
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "sh": shlex.quote,
     "command": shlex.join,
+    "guarded_command": guarded_command,
+    "container_argument": container_argument,
     "crontab": crontab,
     "systemd_value": systemd_value,
     "systemd_command": systemd_command,

@@ -1,4 +1,4 @@
-"""Files with which a scheduler runs a workflow: crontab, systemd, KubeRay, Airflow, Slurm, Docker.
+"""Files with which a scheduler or a cluster runs a workflow: cron, systemd, Airflow, Slurm, Kubernetes, SkyPilot, ...
 
 The templates are in `workflows/deploy/`; each value from the user goes through a filter of `quoting.py`.
 """
@@ -34,6 +34,9 @@ FINAL_EXIT_CODES = (EXIT_FAILED, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_ENVIRONMENT, 
 
 _CONFIG_FOLDER = "/etc/pipeline"
 _NAME_LENGTH = 40  # KubeRay allows 47
+_CRON_NAME_LENGTH = 36  # of a RayCronJob, whose RayJobs are named after it and the time
+_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""Value of a label in Kubernetes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Schedule:
     """Container image with this project."""
     address: str | None = None
     """Ray cluster to join."""
+    queue: str | None = None
+    """Kueue's LocalQueue."""
     folder: Path = Path()
     """The working folder of the command, so that relative paths keep their meaning."""
     executor: str | None = None
@@ -68,7 +73,8 @@ class Schedule:
     def name(self) -> str:
         """Name of units, jobs and files: the workflow and the run folder, in lower case, digits and dashes."""
         words = f"{self.workflow}-{self.out.rstrip('/').rpartition('/')[2]}" if self.out else self.workflow
-        return re.sub(r"[^a-z0-9]+", "-", words.lower())[:_NAME_LENGTH].strip("-")
+        length = _CRON_NAME_LENGTH if self.kind == "raycronjob" else _NAME_LENGTH
+        return re.sub(r"[^a-z0-9]+", "-", words.lower())[:length].strip("-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +89,18 @@ class _Kind:
     """Required options."""
     on_this_machine: bool = True
     """Whether it runs with the paths and packages of this machine."""
+    in_ray: bool = False
+    """Whether it is a job of a Ray cluster that is started for it."""
+    workflows: frozenset[str] = frozenset()
+    """The workflows that it can run; empty for all."""
 
 
 _SLURM = frozenset(SlurmOptions.__dataclass_fields__)
-_NAMED = ("at", "timezone", "image", "address", "config", "out", "executor")
-_OPTIONS = ("at", "timezone", "image", "address", *sorted(_SLURM))
+_NAMED = ("at", "timezone", "image", "address", "queue", "config", "out", "executor")
+_OPTIONS = ("at", "timezone", "image", "address", "queue", *sorted(_SLURM))
 _TIMED = frozenset({"at", "timezone"})
+_IMAGE, _ELSEWHERE = frozenset({"image"}), frozenset({"image", "out"})
+_TOKEN = "RAY_AUTH_TOKEN=$(openssl rand -hex 32)"
 KINDS: Mapping[str, _Kind] = {
     "cron": _Kind({"crontab.j2": "{name}.crontab"}, "(crontab -l; cat {files}) | crontab -", _TIMED | {"address"}),
     "systemd": _Kind(
@@ -102,15 +114,55 @@ KINDS: Mapping[str, _Kind] = {
     "kuberay": _Kind(
         {"rayjob.yaml.j2": "{name}.yaml"},
         "kubectl apply -f {files}",
-        frozenset({"image"}),
-        frozenset({"image", "out"}),
+        _IMAGE,
+        _ELSEWHERE,
         on_this_machine=False,
+        in_ray=True,
     ),
     "kuberay-cron": _Kind(
         {"cronjob.yaml.j2": "{name}-cron.yaml"},
         "kubectl apply -f {files}",
-        _TIMED | {"image"},
-        frozenset({"image", "out"}),
+        _TIMED | _IMAGE,
+        _ELSEWHERE,
+        on_this_machine=False,
+        in_ray=True,
+    ),
+    "raycronjob": _Kind(
+        {"rayjob.yaml.j2": "{name}-cron.yaml"},
+        "kubectl apply -f {files}",
+        _TIMED | _IMAGE,
+        _ELSEWHERE,
+        on_this_machine=False,
+        in_ray=True,
+    ),
+    "kueue": _Kind(
+        {"rayjob.yaml.j2": "{name}.yaml"},
+        "kubectl apply -f {files}",
+        _IMAGE | {"queue"},
+        _ELSEWHERE | {"queue"},
+        on_this_machine=False,
+        in_ray=True,
+    ),
+    "kubeflow": _Kind(
+        {"trainjob.yaml.j2": "{name}.yaml"},
+        "kubectl apply -f {files}",
+        _IMAGE | {"queue"},
+        _ELSEWHERE,
+        on_this_machine=False,
+        workflows=frozenset({"train"}),
+    ),
+    "skypilot": _Kind(
+        {"skypilot.yaml.j2": "{name}.sky.yaml"},
+        f"{_TOKEN} sky jobs launch --secret RAY_AUTH_TOKEN {{files}}",
+        _IMAGE,
+        _ELSEWHERE,
+        on_this_machine=False,
+    ),
+    "dstack": _Kind(
+        {"dstack.yaml.j2": "{name}.dstack.yml"},
+        f"{_TOKEN} dstack apply -f {{files}}",
+        _IMAGE,
+        _ELSEWHERE,
         on_this_machine=False,
     ),
     "docker": _Kind(
@@ -197,6 +249,13 @@ def _check(schedule: Schedule) -> _Kind:
     for option in _OPTIONS:
         if options[option] is not None and option not in kind.uses:
             raise ConfigError(f"--{option} {options[option]}: --kind {schedule.kind} cannot use it; leave it out")
+    if kind.workflows and schedule.workflow not in kind.workflows:
+        raise ConfigError(
+            f"{schedule.workflow}: --kind {schedule.kind} runs {', '.join(sorted(kind.workflows))} only; choose another "
+            "kind, such as kuberay"
+        )
+    if schedule.queue is not None and not _LABEL.fullmatch(schedule.queue):
+        raise ConfigError(f"--queue {schedule.queue!r}: not the name of a LocalQueue; letters, digits, - _ and . only")
     for option in sorted(kind.needs):
         if options[option] is None:
             raise ConfigError(f"--{option}: needed for --kind {schedule.kind}, but not given; give it")
@@ -221,7 +280,7 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
     local = _local_folder(schedule.out)
     config = _local_file(schedule.config)
     mounted = config if kind.on_this_machine or schedule.kind == "docker" else f"{_CONFIG_FOLDER}/config.yaml"
-    address = "auto" if schedule.kind.startswith("kuberay") else schedule.address
+    address = "auto" if kind.in_ray else schedule.address
     out = str(folder / local) if local else schedule.out
     slurm: dict[str, object] = {}
     if schedule.kind == "slurm":
@@ -240,6 +299,7 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
     bin_folder = Path(sys.executable).parent
     script = bin_folder / "pipeline"
     return {
+        "kind": schedule.kind,
         "name": schedule.name,
         "workflow": schedule.workflow,
         "arguments": arguments,
@@ -253,6 +313,9 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
         "timezone": timezone,
         "address": schedule.address,
         "image": schedule.image,
+        "queue": schedule.queue,
+        "config": config,
+        "mounted": mounted,
         "config_text": Path(config).read_text(encoding="utf-8") if config else None,
         "config_folder": _CONFIG_FOLDER,
         "mount": str(Path(local).parent) if local else None,

@@ -1,15 +1,20 @@
-"""The parts of the Kubernetes and KubeRay APIs that our manifests use; any other field is refused.
+"""The parts of the Kubernetes APIs that our manifests use; any other field is refused.
 
-Written from the API references: ray.io/v1 (KubeRay 1.6), batch/v1, rbac.authorization.k8s.io/v1, v1 (Kubernetes 1.34).
+Written from the API references and what their webhooks check: ray.io/v1 (KubeRay 1.7), kueue.x-k8s.io (Kueue 0.19),
+trainer.kubeflow.org/v1alpha1 (Kubeflow Trainer 2.3), batch/v1, rbac.authorization.k8s.io/v1, v1 (Kubernetes 1.34).
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+QUEUE = "kueue.x-k8s.io/queue-name"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 RayJobName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=47)]
+RayCronJobName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=36)]
 CronJobName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=52)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$")]
 Path = Annotated[str, Field(pattern=r"^/")]
@@ -101,6 +106,7 @@ class Volume(Api):
 class PodSpec(Api):
     serviceAccountName: Name | None = None
     restartPolicy: Literal["Always", "OnFailure", "Never"] | None = None
+    terminationGracePeriodSeconds: int | None = None
     securityContext: PodSecurityContext
     containers: list[Container]
     volumes: list[Volume] = []
@@ -137,19 +143,25 @@ class AutoscalerOptions(Api):
 class RayClusterSpec(Api):
     rayVersion: str
     authOptions: AuthOptions
-    enableInTreeAutoscaling: bool
-    autoscalerOptions: AutoscalerOptions
+    enableInTreeAutoscaling: bool = False
+    autoscalerOptions: AutoscalerOptions | None = None
     headGroupSpec: HeadGroup
     workerGroupSpecs: list[WorkerGroup]
 
 
 class RayJobSpec(Api):
+    suspend: bool = False
     entrypoint: str
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
     backoffLimit: int
     shutdownAfterJobFinishes: bool
     ttlSecondsAfterFinished: int
     rayClusterSpec: RayClusterSpec
+
+    @model_validator(mode="after")
+    def kuberay_suspends_only_what_it_shuts_down(self) -> Self:
+        assert self.shutdownAfterJobFinishes or not (self.suspend or self.ttlSecondsAfterFinished)
+        return self
 
 
 class RayJobMetadata(Metadata):
@@ -161,6 +173,150 @@ class RayJob(Api):
     kind: Literal["RayJob"]
     metadata: RayJobMetadata
     spec: RayJobSpec
+
+    @model_validator(mode="after")
+    def kueue_admits_it(self) -> Self:
+        if QUEUE in self.metadata.labels:
+            cluster = self.spec.rayClusterSpec
+            assert self.spec.shutdownAfterJobFinishes
+            assert not cluster.enableInTreeAutoscaling
+            assert len(cluster.workerGroupSpecs) <= 17
+            assert "head" not in {group.groupName for group in cluster.workerGroupSpecs}
+        return self
+
+
+class RayCronJobSpec(Api):
+    schedule: Annotated[str, Field(pattern="^[^TZ]*$")]
+    timeZone: Annotated[str, Field(min_length=1)]
+    jobTemplate: RayJobSpec
+
+
+class RayCronJobMetadata(Metadata):
+    name: RayCronJobName
+
+
+class RayCronJob(Api):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCronJob"]
+    metadata: RayCronJobMetadata
+    spec: RayCronJobSpec
+
+
+class PodCondition(Api):
+    type: str
+    status: Literal["True", "False", "Unknown"]
+
+
+class PodFailureRule(Api):
+    action: Literal["FailJob", "FailIndex", "Ignore", "Count"]
+    onPodConditions: list[PodCondition]
+
+
+class PodFailurePolicy(Api):
+    rules: Annotated[list[PodFailureRule], Field(max_length=20)]
+
+
+class NodeJobSpec(Api):
+    backoffLimit: int
+    podFailurePolicy: PodFailurePolicy
+    template: PodTemplate
+
+    @model_validator(mode="after")
+    def kubernetes_takes_a_failure_policy_of_pods_that_do_not_restart(self) -> Self:
+        assert self.template.spec.restartPolicy == "Never"
+        return self
+
+
+class NodeJobTemplate(Api):
+    metadata: Labels
+    spec: NodeJobSpec
+
+
+class ReplicatedJob(Api):
+    name: Name
+    template: NodeJobTemplate
+
+    @model_validator(mode="after")
+    def the_trainer_finds_its_container(self) -> Self:
+        assert self.template.metadata.labels["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+        assert "node" in {container.name for container in self.template.spec.template.spec.containers}
+        return self
+
+
+class FailureRule(Api):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]([-_,:A-Za-z0-9]*[A-Za-z0-9_])?$", max_length=128)]
+    action: Literal[
+        "FailJobSet",
+        "RestartJobSet",
+        "RestartJobSetAndIgnoreMaxRestarts",
+        "RestartJob",
+        "RestartJobAndIgnoreMaxRestarts",
+    ]
+    onJobFailureReasons: list[
+        Literal[
+            "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"
+        ]
+    ]
+
+
+class FailurePolicy(Api):
+    maxRestarts: int
+    rules: list[FailureRule]
+
+
+class JobSetSpec(Api):
+    failurePolicy: FailurePolicy
+    replicatedJobs: list[ReplicatedJob]
+
+
+class JobSetTemplate(Api):
+    spec: JobSetSpec
+
+
+class MLPolicy(Api):
+    numNodes: Annotated[int, Field(ge=1)]
+    torch: dict[str, str]
+
+
+class TrainingRuntimeSpec(Api):
+    mlPolicy: MLPolicy
+    template: JobSetTemplate
+
+
+class TrainingRuntime(Api):
+    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
+    kind: Literal["TrainingRuntime"]
+    metadata: Metadata
+    spec: TrainingRuntimeSpec
+
+
+class RuntimeRef(Api):
+    kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"]
+    name: Name
+
+
+class Trainer(Api):
+    numNodes: int
+    image: Annotated[str, Field(max_length=500)]
+    command: Annotated[list[str], Field(max_length=128)]
+    args: Annotated[list[str], Field(max_length=128)]
+
+
+class TrainJobSpec(Api):
+    suspend: bool = False
+    runtimeRef: RuntimeRef
+    trainer: Trainer
+
+
+class TrainJobMetadata(Metadata):
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+
+
+class TrainJob(Api):
+    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
+    kind: Literal["TrainJob"]
+    metadata: TrainJobMetadata
+    spec: TrainJobSpec
 
 
 class ConfigMap(Api):
@@ -238,7 +394,15 @@ class CronJob(Api):
     spec: CronJobSpec
 
 
-Manifest = Annotated[RayJob | ConfigMap | ServiceAccount | Role | RoleBinding | CronJob, Field(discriminator="kind")]
+Manifest = Annotated[
+    RayJob | RayCronJob | TrainingRuntime | TrainJob | ConfigMap | ServiceAccount | Role | RoleBinding | CronJob,
+    Field(discriminator="kind"),
+]
+
+
+def expanded(argument: str, **variables: str) -> str:
+    """An argument as its process gets it: Kubernetes takes `$$` for `$`, and `$(NAME)` for a variable of the container."""
+    return re.sub(r"\$(\$|\(([^)]*)\))", lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]), argument)
 
 
 def read_manifests(text: str) -> dict[str, Manifest]:
@@ -255,7 +419,10 @@ def read_manifests(text: str) -> dict[str, Manifest]:
 def _pods(manifest: Manifest) -> list[PodSpec]:
     if isinstance(manifest, CronJob):
         return [manifest.spec.jobTemplate.spec.template.spec]
-    if isinstance(manifest, RayJob):
-        cluster = manifest.spec.rayClusterSpec
+    if isinstance(manifest, TrainingRuntime):
+        return [job.template.spec.template.spec for job in manifest.spec.template.spec.replicatedJobs]
+    if isinstance(manifest, RayJob | RayCronJob):
+        spec = manifest.spec if isinstance(manifest, RayJob) else manifest.spec.jobTemplate
+        cluster = spec.rayClusterSpec
         return [cluster.headGroupSpec.template.spec, *(group.template.spec for group in cluster.workerGroupSpecs)]
     return []

@@ -351,12 +351,16 @@ def schedule(*arguments: str) -> Result:
 
 def test_each_kind_is_printed_with_the_command_it_runs() -> None:
     for kind, known in KINDS.items():
-        options = ["--image", "image"] if "image" in known.needs else []
-        found = schedule("--kind", kind, "--out", "/mnt/shared/run1", "-c", "demo", *options, "shard_size=9")
+        workflow, config, setting = ("precompute", "demo", "shard_size=9")
+        if known.workflows:
+            workflow, config, setting = ("train", "demo-base", "batch_size=9")
+        options = [word for option in sorted(known.needs - {"out"}) for word in (f"--{option}", "name")]
+        arguments = ["-c", config, "--out", "/mnt/shared/run1", *options, setting]
+        found = call("schedule", workflow, "--kind", kind, *arguments)
         assert found.code == 0, found.err
         words = re.sub(r"[\", ]+", " ", found.out)
-        assert " run precompute --config demo --out /mnt/shared/run1 " in words, kind
-        assert " shard_size=9" in words
+        assert f" run {workflow} --config {config} --out /mnt/shared/run1 " in words, kind
+        assert f" {setting}" in words
 
 
 def test_the_folder_of_the_command_line_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -385,6 +389,12 @@ def test_the_files_are_written_with_a_word_on_how_to_install_them(tmp_path: Path
         (["--kind", "slurm", "--at", "0 3 * * *"], "--at 0 3 * * *: --kind slurm cannot use it; leave it out"),
         (["--kind", "kuberay", "--image", "x"], "--out: needed for --kind kuberay, but not given; give it"),
         (["--kind", "kuberay", "--out", "s3://b/r"], "--image: needed for --kind kuberay, but not given; give it"),
+        (["--kind", "kueue", "--out", "s3://b/r", "--image", "x"], "--queue: needed for --kind kueue, but not given"),
+        (["--kind", "kuberay", "--queue", "x"], "--queue x: --kind kuberay cannot use it; leave it out"),
+        (["--kind", "kueue", "--queue", "my queue"], "--queue 'my queue': not the name of a LocalQueue; letters,"),
+        (["--kind", "kubeflow", "--image", "x"], "precompute: --kind kubeflow runs train only; choose another kind"),
+        (["--kind", "skypilot", "--image", "x", "--out", "run1"], "--out run1: --kind skypilot runs elsewhere"),
+        (["--kind", "dstack", "--out", "s3://b/r"], "--image: needed for --kind dstack, but not given; give it"),
         (["--kind", "docker", "--out", "run1"], "--out run1: --kind docker runs elsewhere; give a URL, or the"),
         (["--kind", "docker", "--out", "/run1"], "--out /run1: --kind docker runs elsewhere"),
         (["--kind", "cron", "--at", "hourly"], "--at 'hourly': needs five fields"),
@@ -408,6 +418,7 @@ def test_the_name_tells_run_folders_apart() -> None:
     names = [replace(Schedule("cron", "precompute"), out=out).name for out in (None, "/a/Run_1/", "s3://b/x.y")]
     assert names == ["precompute", "precompute-run-1", "precompute-x-y"]
     assert len(Schedule("cron", "precompute", out="a" * 99).name) == 40
+    assert len(Schedule("raycronjob", "precompute", out="a" * 99).name) == 36  # 11 more for the time
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -419,8 +430,9 @@ def test_the_name_tells_run_folders_apart() -> None:
         {"address": "ray://me:secret-word@head:10001"},
         {"overrides": ("source.path=https://h/list.csv?sig=secret-word",)},
         {"image": "https://me:secret-word@registry/image"},
+        {"queue": "https://me:secret-word@host/queue"},
     ],
-    ids=["out", "chain", "address", "signed", "image"],
+    ids=["out", "chain", "address", "signed", "image", "queue"],
 )
 def test_credentials_reach_no_file_of_a_scheduler(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="holds a ") as caught:
