@@ -7,6 +7,7 @@ from typing import Self
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.executors.base import ExecutionConfig
+from pipeline.executors.ray_address import meant_address
 from pipeline.storage.credentials import check_no_credentials
 
 
@@ -63,6 +64,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_no_credentials(self.address or "", "--address")
+
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster that the run joins (see `meant_address`); None if it starts one or needs none."""
+        return meant_address(self.address) if self.executor == "ray" else self.address
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from imagen_core.far import without_secrets
 from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build, config_app, run_and_show
+from pipeline.cli.doctor_command import doctor
 from pipeline.cli.export_command import export
 from pipeline.cli.finish_command import finish
 from pipeline.cli.schedule_command import schedule
@@ -55,6 +56,7 @@ app.add_typer(stage_commands)
 app.command()(export)
 app.command()(finish)
 app.command()(schedule)
+app.command()(doctor)
 
 Out = Annotated[str | None, typer.Option("--out", help="Run folder or URL (s3://...). Default: runs/WORKFLOW.")]
 ExecutorName = Annotated[
@@ -64,12 +66,17 @@ ExecutorName = Annotated[
 CheckInput = Annotated[
     bool, typer.Option("--check-input", help="Read all of the input, also files that have the size and time they had.")
 ]
+_HEAD = "The cluster's head: http://HOST:PORT where it takes jobs, HOST:PORT as `ray start` prints it, or auto."
 JobsAddress = Annotated[
-    str,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's head, like http://HEAD:8265."),
+    str, typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help=_HEAD, show_envvar=True)
 ]
-JobsAddressOrNone = Annotated[
-    str | None, typer.Option("--address", help="The cluster's head, like http://HEAD:8265: show one of its jobs.")
+JobsAddressOrNone = Annotated[str | None, typer.Option("--address", help=f"{_HEAD} Shows one of its jobs.")]
+JoinAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Join this Ray cluster instead of starting one: HOST:PORT of its head, or auto for the one that runs "
+        "here. Default: RAY_ADDRESS, or the `ray symmetric-run` that this runs under."
+    ),
 ]
 
 
@@ -107,7 +114,7 @@ def run(
     config: ConfigFile = None,
     out: Out = None,
     executor: ExecutorName = None,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    address: JoinAddress = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rebuild what no longer fits the config.")] = False,
     retry_dropped: Annotated[
@@ -149,6 +156,8 @@ def run(
         check_input,
         None if part is None else Part.parse(part),
     )
+    if options.cluster not in (address, None):
+        typer.echo(f"Ray cluster: {options.cluster}", err=True)
     run_and_show(chosen, folder, options, as_json=as_json)
 
 
@@ -278,23 +287,6 @@ def stop(
 
     result = RayJobs(address).stop(job)
     print_json(result) if as_json else show_job(result)
-
-
-@app.command()
-def doctor(
-    out: Annotated[
-        str | None, typer.Option("--out", help="Run folder whose saved plan (plan --save) must fit on the disk.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check this machine: packages, versions, disk, GPUs, Ray."""
-    from pipeline.cli.doctor import examine, examine_planned
-    from pipeline.cli.show import show_checks
-
-    checks = [*examine(), *(examine_planned(out) if out is not None else ())]
-    print_json(checks) if as_json else show_checks(checks)
-    if any(check["status"] == "bad" for check in checks):
-        raise typer.Exit(4)
 
 
 def _dry_run(show_plan: Callable[[], None], restart: bool, as_json: bool) -> None:

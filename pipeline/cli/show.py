@@ -186,3 +186,39 @@ def show_status(result: Mapping[str, Any]) -> None:
 def show_checks(checks: Sequence[Mapping[str, Any]]) -> None:
     """Results of `pipeline doctor`."""
     show_table(["", "check", "found"], [[c["status"], c["name"], c["message"]] for c in checks])
+
+
+def show_cluster(result: Mapping[str, Any]) -> None:
+    """Results of `pipeline doctor --cluster`: a line per node, then everything that is not as it should be."""
+    rows = []
+    for node in result["nodes"]:
+        facts = node["facts"]
+        gpus = sorted({gpu["name"] for gpu in facts.get("gpus", ())})
+        rows.append(
+            [
+                node["node"],
+                f"{node['resources'].get('CPU', 0):g}",
+                f"{node['resources'].get('GPU', 0):g} {', '.join(gpus)}".strip(),
+                *(_node_facts(facts) if facts else ["-"] * 4),
+            ]
+        )
+    show_table(["node", "CPUs", "GPUs", "memory", "Python", "temporary", "/dev/shm"], rows)
+    problems = [check for check in result["checks"] if check["status"] != "ok"]
+    if problems:
+        print()
+        rows = [[check["status"], check["node"] or "all", check["name"], check["message"]] for check in problems]
+        show_table(["", "node", "check", "found"], rows)
+    bad = {check["node"] for check in problems if check["status"] == "bad"}
+    found = (
+        "a run will work on all" if not bad else f"not so: {', '.join(sorted(node or 'the cluster' for node in bad))}"
+    )
+    print(f"\n{result['address']}: {result['num_nodes']} nodes; {found}")
+
+
+def _node_facts(facts: Mapping[str, Any]) -> list[str]:
+    return [
+        human_bytes(facts["memory_bytes"]),
+        facts["versions"]["python"],
+        human_bytes(facts["temporary"]["free_bytes"]),
+        human_bytes(facts["shared_memory"]["free_bytes"]),
+    ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, ConfigError, MachineError, first_line
+from pipeline.executors.ray_address import jobs_url
 from pipeline.executors.ray_cluster import probe
 from pipeline.storage.credentials import check_no_credentials
 from pipeline.storage.scratch import temporary_folder
@@ -35,20 +36,24 @@ class RayJobs:
     """The jobs of one cluster, through the HTTP server of its head (the dashboard)."""
 
     def __init__(self, address: str):
-        """Connects; `address` is like `http://HEAD:8265`.
+        """Connects.
+
+        Args:
+            address: `http://HOST:PORT`, where the cluster takes jobs; or HOST:PORT of its head, or `auto`, which says
+                where that is.
 
         Raises:
             ConfigError: it is not such an address, or holds a user or password.
             MachineError: no answer, or a wrong token.
         """
         check_no_credentials(address, "--address")
-        if not address.startswith(("http://", "https://")):
-            raise ConfigError(f"--address {address}: must be the head's HTTP address, like http://HEAD:8265")
         self.address = address
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer these
-            os.environ.pop(name, None)
         if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        with self._errors_explained():
+            self.address = address = jobs_url(address)
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer these
+            os.environ.pop(name, None)
         with self._errors_explained():
             probe(address)
             from ray.job_submission import JobSubmissionClient

@@ -44,9 +44,10 @@ def run_workflow(
     """
     state = RunState.open(out, make_plan, restart=options.restart)
     run, plan = state.run, state.plan
-    executor = make_executor(options.executor, plan.stages, run, config.execution, options.address)
+    address = options.cluster
+    executor = make_executor(options.executor, plan.stages, run, config.execution, address)
     with disk_errors_explained(run.storage.local), run.lock(take_over=options.take_over):
-        here, refuse = options.address is None, not options.restart
+        here, refuse = address is None, not options.restart
         low_disk = check_room(plan, run, config.execution, here=here, refuse=refuse)
         _prepare(state, options)
         if low_disk:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from pipeline.errors import PipelineError, first_line
 from pipeline.executors.base import ExecutionConfig, Executor
-from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, living_nodes, total
+from pipeline.executors.ray_cluster import ClusterNode, Demand, connect, describe, leave, living_nodes, total
 from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
 from pipeline.executors.ray_pool import UNSEEN, RayWorker, StageActor, Started, WorkerPool, run_here, waits
@@ -169,8 +169,6 @@ class RayExecutor(Executor):
     def close(self) -> None:
         if not self.started:
             return
-        import ray
-
         self.started = False
         if self.head is not None and self.head.is_lost:
             self.head.leave()
@@ -178,7 +176,7 @@ class RayExecutor(Executor):
             for pool in self.pools.values():
                 for worker in pool.workers:
                     pool.drop(worker)
-            ray.shutdown()
+            leave()
         if self.head is not None:
             self.head.stop()
         if self.seeing is not None:
@@ -251,7 +249,7 @@ class RayExecutor(Executor):
         if self.address is not None:
             self.seeing = SeeingNodes(self.run)
         for name, stage in self.stages.items():
-            demand = self.demands[name] = self._demand(stage, nodes)
+            demand = self.demands[name] = self.demand(stage, nodes)
             self.stage_refs[name] = ray.put(stage)
             if self._has_pool(stage):
                 token = self.seeing.token if self.seeing else None
@@ -284,7 +282,7 @@ class RayExecutor(Executor):
         cluster its waiting tasks are the demand that an autoscaler sees, and Ray places each."""
         return stage.max_workers is not None or (self.address is None and (bool(stage.modules) or waits(stage)))
 
-    def _demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
+    def demand(self, stage: Stage, nodes: list[ClusterNode]) -> Demand:
         """Resources that a task or worker of the stage requests; without a cluster at most those of this machine."""
         wanted, joined = stage.resources, self.address is not None
         gpus = wanted.num_gpus

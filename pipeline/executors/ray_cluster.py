@@ -14,6 +14,15 @@ from urllib.parse import urlsplit
 from pipeline.errors import MachineError, PipelineError, first_line
 from pipeline.executors.base import usable_cpus
 from pipeline.executors.process import WAITING_THREADS
+from pipeline.executors.ray_address import (
+    AUTO,
+    ask_head,
+    check_joinable,
+    is_connected,
+    named,
+    running_address,
+    unused_address,
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +30,8 @@ Demand = Mapping[str, float]
 """Ray resources that a task or worker occupies: CPU, GPU and custom ones."""
 
 _PROBE_TIMEOUT_S = 10.0
+_connections: list[str | None] = []
+"""The address of the Ray that `connect` joined or, None, started in this process; empty if it did neither."""
 _OBJECT_STORE_BYTES = 256 * 2**20  # data travels through files; the object store only carries descriptors
 
 
@@ -66,14 +77,21 @@ def describe(demand: Demand) -> str:
 
 
 def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
-    """Joins or starts Ray; returns its nodes.
+    """Joins or starts Ray; returns its nodes. A Ray that this process is connected to already is used as it is.
 
     A Ray started here listens on the loopback interface only, asks no other machine for anything, has no dashboard,
     and keeps Ray's default: token authentication on every gRPC port.
 
+    Args:
+        num_cpus: of a Ray that is started here.
+        address: HOST:PORT of the head, or `auto`: the cluster of which this machine is a node. None: starts one.
+
     Raises:
+        ConfigError: it is no such address.
         MachineError: the cluster cannot be reached, or Ray not be started.
     """
+    if address is not None and is_connected():
+        return living_nodes()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -91,11 +109,15 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
-        probe(address or "")
         if address is not None:
+            address = running_address() if address == AUTO else address
+            check_joinable(address)
+            ask_head(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             os.environ.pop("RAY_ADDRESS", None)
+            if (unused := unused_address()) is not None:
+                log.warning("a Ray runs on this machine and is not used (%s): --address auto joins it", unused)
             ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
             with without_needless_processes():
                 ray.init(
@@ -111,11 +133,21 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
         raise
     except Exception as error:  # Ray raises plain ones too
         raise MachineError(_not_connected(address, first_line(error))) from error
+    _connections.append(address)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own handler there
     nodes = living_nodes()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, nodes)
     return nodes
+
+
+def leave() -> None:
+    """Leaves the Ray that `connect` joined or started; one to which this process was connected before it stays."""
+    import ray
+
+    if _connections:
+        _connections.clear()
+        ray.shutdown()
 
 
 @contextmanager
@@ -144,7 +176,10 @@ def without_needless_processes() -> Iterator[None]:
 def _not_connected(address: str | None, why: str) -> str:
     """The message of a cluster that cannot be reached, or of a local Ray that cannot be started."""
     if address:
-        return f"--address {address}: cannot be reached ({why}); check the address, or use --executor local"
+        return (
+            f"{named(address)}: cannot be reached ({why}); check the address and the token (RAY_AUTH_MODE, "
+            "RAY_AUTH_TOKEN_PATH), or use --executor local"
+        )
     if "path length" in why:
         return (
             f"the folder for temporary files is too long a path for Ray ({why}); set RAY_TMPDIR to a short one, such "

@@ -1,8 +1,8 @@
-"""Which nodes of a cluster see the run folder?
+"""Which nodes of a cluster see the run folder, and have the versions that are here?
 
 The driver writes a token into the run folder. A process of each node reads it there, and writes an answer that the
 driver reads. A node where the same path is another disk, or none, is named and gets no more work: what it would commit
-nobody would find.
+nobody would find. A node with another version of this project, Python or pyarrow is named; it gets work.
 """
 
 import logging
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import MachineError, PipelineError, first_line
+from pipeline.executors.nodes import facts
+from pipeline.executors.nodes.findings import CODE, differing, label, packages_named_by_runs
 from pipeline.executors.ray_cluster import ClusterNode, Demand, describe
 from pipeline.storage import LocalStorage
 from pipeline.storage.record import Record, shard_name
@@ -40,9 +42,10 @@ class Token:
     value: str
 
     @classmethod
-    def write(cls, run: RunFolder) -> "Token":
-        """Writes a new token, and deletes those of killed drivers."""
-        for name, _ in list(run.storage.entries()):
+    def write(cls, run: RunFolder, *, alone: bool = True) -> "Token":
+        """Writes a new token, and deletes those of killed drivers; not if this process is not `alone` in the folder,
+        as a run has it."""
+        for name, _ in list(run.storage.entries()) if alone else ():
             if name.startswith(_FOLDER):
                 run.storage.delete_folder(name)
         token = cls(run, uuid.uuid4().hex[:16])
@@ -114,6 +117,7 @@ class SeeingNodes:
     def __init__(self, run: RunFolder):
         self.run = run
         self.token = Token.write(run)
+        self.here = facts.versions(packages_named_by_runs(), CODE)
         self.blind: dict[str, str] = {}
         """Node -> what it found in the place of the run folder."""
         self._asked: dict[Any, ClusterNode] = {}
@@ -127,26 +131,36 @@ class SeeingNodes:
     def ask(self, nodes: Iterable[ClusterNode]) -> None:
         """Asks each node that was not asked before; it takes no CPU there."""
         import ray
+        from ray import cloudpickle
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        cloudpickle.register_pickle_by_value(facts)
         for node in nodes:
             if node.id not in self._known:
                 self._known[node.id] = node
                 place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-                question = ray.remote(Token.answer).options(num_cpus=0, max_retries=0, scheduling_strategy=place)
-                self._asked[question.remote(self.token, node.id)] = node
+                question = ray.remote(facts.answer_with_versions)
+                question = question.options(num_cpus=0, max_retries=0, scheduling_strategy=place)
+                self._asked[question.remote(self.token, node.id, packages_named_by_runs(), CODE)] = node
 
     def take(self, reference: Any) -> bool:
         """Takes the answer to a question; True if the node is now known not to see the run folder."""
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         node = self._asked.pop(reference)
         try:
-            problem = str(ray.get(reference))
+            problem, versions = ray.get(reference)
+        except RayTaskError as error:
+            log.warning("node %s cannot answer, and may not run tasks: %s", label(node), first_line(error.cause))
+            return False
         except RayError as error:  # the node is gone, or cannot start a process; its tasks will tell
             log.debug("node %s gave no answer: %s", node.id, first_line(error))
             return False
+        if found := differing(versions, self.here):
+            log.warning(
+                "node %s has %s: what it makes may differ; install there what is here", label(node), ", ".join(found)
+            )
         if not problem and not self.token.is_answered(node.id):
             problem = "what it writes there does not appear here"
         return bool(problem) and self.refuse(node.id, problem)
@@ -207,7 +221,7 @@ class SeeingNodes:
 
     def _label(self, node: str) -> str:
         known = self._known.get(node)
-        return f"{known.host} ({known.address}, {node[:8]})" if known else node
+        return label(known) if known else node
 
 
 def _fits(node: ClusterNode, demand: Demand) -> bool:

@@ -10,7 +10,7 @@ from imagen_core.store import StoreError
 from imagen_core.train import TrainConfig, TrainError, TrainingStopped
 from pipeline.errors import ConfigError, PipelineError, PreemptedError
 from pipeline.executors.process import keep_freed_memory
-from pipeline.executors.ray_cluster import connect, total
+from pipeline.executors.ray_cluster import connect, leave, total
 from pipeline.job import Job
 from pipeline.storage import LocalStorage
 from pipeline.storage.mirror import working_folder
@@ -37,11 +37,10 @@ def train_on_ray(
     copy, and the first one sends the changes back. A worker that dies ends the run; the same command resumes from the
     newest checkpoint.
     """
-    import ray
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    gpus = total(connect(None, job.options.address), "GPU")
+    gpus = total(connect(None, job.options.cluster), "GPU")
     storage = job.run.storage
     scratch = (
         job.run.root / "ray" if isinstance(storage, LocalStorage) else storage.new_folder()
@@ -71,7 +70,7 @@ def train_on_ray(
             raise own from error
         raise RayTrainError(f"a training worker failed: {_cause(error)}; the last checkpoint is good") from error
     finally:
-        ray.shutdown()
+        leave()
     return dict(result.return_value or {})  # of the first worker
 
 

@@ -59,11 +59,12 @@ class RayNodes:
             "RAY_health_check_initial_delay_ms": "500",
         }
 
-    def start(self, name: str, *options: str, folder: Path | None = None) -> None:
+    def start(self, name: str, *options: str, folder: Path | None = None, packages: Path | None = None) -> None:
         """Starts a node and waits until it is up; the first one is the head.
 
         Args:
             folder: the current folder of all its processes; default that of the cluster.
+            packages: a folder in which its processes look for packages first.
         """
         where = (
             [f"--address={self.address}"]
@@ -72,10 +73,13 @@ class RayNodes:
         )
         arguments = ["start", "--block", "--node-ip-address=127.0.0.1", "--dashboard-agent-listen-port=0"]
         log = self.folder / f"{name}.log"
+        environment = self.environment
+        if packages is not None:
+            environment["PYTHONPATH"] = f"{packages}:{environment['PYTHONPATH']}"
         with log.open("wb") as output:
             self.nodes[name] = subprocess.Popen(
                 [sys.executable, "-c", _RAY_START, *arguments, "--object-store-memory=80000000", *where, *options],
-                env=self.environment,
+                env=environment,
                 cwd=folder or self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,

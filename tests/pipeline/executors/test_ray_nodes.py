@@ -81,7 +81,7 @@ def test_a_node_whose_answer_does_not_arrive_is_blind(seeing: SeeingNodes, caplo
     """It reads the folder of the driver and writes elsewhere, as into the upper layer of an overlay."""
     seeing._asked = {"reference": BLIND, "other": GOOD}
     seeing.token.answer(GOOD.id)
-    with mock.patch("ray.get", return_value=""), caplog.at_level(logging.WARNING):
+    with mock.patch("ray.get", return_value=("", seeing.here)), caplog.at_level(logging.WARNING):
         assert seeing.take("reference")
         assert not seeing.take("other")
     assert seeing.seeing([GOOD, BLIND]) == [GOOD]
@@ -90,6 +90,20 @@ def test_a_node_whose_answer_does_not_arrive_is_blind(seeing: SeeingNodes, caplo
     assert said.startswith("node blind (10.0.0.2, bbbbbbbb) does not see the run folder and is not used: ")
     assert said.endswith("what it writes there does not appear here")
     assert not seeing.refuse(BLIND.id, "again"), "named once"
+
+
+def test_a_node_of_other_versions_is_named_once_and_gets_work(
+    seeing: SeeingNodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    seeing._asked = {"reference": GOOD}
+    seeing.token.answer(GOOD.id)
+    there = {**seeing.here, "pyarrow": "0.0.1", "python": ""}
+    with mock.patch("ray.get", return_value=("", there)), caplog.at_level(logging.WARNING):
+        assert not seeing.take("reference")
+    (said,) = caplog.messages
+    assert said.startswith("node good (10.0.0.1, gggggggg) has python missing (here 3.")
+    assert f"pyarrow 0.0.1 (here {seeing.here['pyarrow']}): what it makes may differ" in said
+    assert seeing.seeing([GOOD]) == [GOOD]
 
 
 def test_a_run_ends_when_only_blind_nodes_have_what_a_stage_needs(seeing: SeeingNodes) -> None:
