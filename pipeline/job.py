@@ -19,6 +19,8 @@ from pipeline.engine.progress import Lines
 from pipeline.errors import ConfigError, PreemptedError, StaleOutputError
 from pipeline.executors.process import keep_freed_memory
 from pipeline.options import PlanOptions, RunOptions, Summary
+from pipeline.planning.hardware import load_profile
+from pipeline.planning.spot import spot_training
 from pipeline.signals import StopSignals
 from pipeline.storage import LocalStorage
 from pipeline.storage.disk import disk_errors_explained
@@ -128,14 +130,24 @@ class JobWorkflow(Workflow):
     def dry_run(self) -> Mapping[str, object]:
         """What the run would do: sizes and needs. Cheap, writes nothing."""
 
+    def steps(self) -> tuple[int, int] | None:
+        """Steps of the work, and steps between its checkpoints; None if it has none."""
+        return None
+
     def run(self, out: str, options: RunOptions) -> Summary:
         return run_job(self, out, options)
 
     def preview(self, out: str, options: PlanOptions = PlanOptions()) -> dict[str, object]:  # noqa: B008 - frozen
-        if options != PlanOptions(executor=options.executor):
-            raise ConfigError(f"--probe, --profile, --rows, --save: {self.name} has no shards to plan; leave them out")
+        steps = self.steps()
+        profile = options.profile if steps else None
+        if options != PlanOptions(executor=options.executor, profile=profile):
+            named = "--probe, --rows, --save" if steps else "--probe, --profile, --rows, --save"
+            raise ConfigError(f"{named}: {self.name} has no shards to plan; leave them out")
         check_out(RunFolder(out), self.name, self.config.model_dump(mode="json"))
-        return {"workflow": self.name, "out": str(out), "summary": dict(self.dry_run())}
+        result: dict[str, object] = {"workflow": self.name, "out": str(out), "summary": dict(self.dry_run())}
+        if steps and profile:
+            result["estimate"] = spot_training(load_profile(profile), profile, *steps)
+        return result
 
 
 def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:

@@ -133,7 +133,9 @@ def write_inputs(folder: Path, urls: list[str]) -> None:
     (folder / "my.yaml").write_text(dump_yaml(config))
     (folder / "urls.txt").write_text(f"{urls[3]}\n")
     profile = yaml.safe_load((REPOSITORY / "workflows/profiles/h200x8.yaml").read_text())
-    (folder / "mine.yaml").write_text(yaml.safe_dump(profile | {"num_gpus": 64, "num_cpus": 448}))
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump(profile | {"num_gpus": 64, "num_cpus": 448, "step_s": 0.4, "checkpoint_s": 20})
+    )
     for name in ("A", "B"):
         (folder / name).mkdir()
         for number in range(8):

@@ -14,6 +14,7 @@ import yaml
 
 from imagen_core.train import TrainConfig
 from pipeline.config import load_config
+from pipeline.planning.hardware import Hardware, load_profile
 from tests.commands import call
 from tests.documents import DOCUMENTS, blocks, python_blocks
 from tests.named_tests import missing_tests, named_tests
@@ -45,6 +46,9 @@ def test_the_yaml_examples_are_valid_configurations(tmp_path: Path) -> None:
     for example in examples:
         (tmp_path / "example.yaml").write_text(example)
         settings = yaml.safe_load(example)
+        if settings.keys() <= Hardware.model_fields.keys():
+            load_config(Hardware, {**load_profile("h200x8").model_dump(mode="json"), **settings})
+            continue
         if not settings.keys() <= PrecomputeConfig.model_fields.keys():
             demo = yaml.safe_load((REPOSITORY / "workflows/configs/train/demo-sr.yaml").read_text())
             TrainConfig.model_validate({**demo, **settings})

@@ -56,5 +56,8 @@ class Train(JobWorkflow):
     def dry_run(self) -> Mapping[str, object]:
         return dry_run_summary(self.config.training(), online=self.config.online_encoder is not None)
 
+    def steps(self) -> tuple[int, int]:
+        return self.config.num_steps, self.config.checkpoints.every_steps
+
     def next_steps(self, run: RunFolder) -> list[tuple[str, str]]:
         return [("checkpoints", f"{run.url}/checkpoints"), ("metrics", f"{run.url}/metrics.jsonl")]

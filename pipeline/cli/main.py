@@ -180,7 +180,8 @@ def plan(
         str | None,
         typer.Option(
             help="Predict time and cost on other hardware: h200x1, h200x8, a100x8, l4x1, cpu16, or your YAML file. "
-            "Needs no weights. With --probe, what runs no model is measured here."
+            "Needs no weights. With --probe, what runs no model is measured here. With the profile's spot "
+            "machines, also on these; of a training, both."
         ),
     ] = None,
     rows: Annotated[

@@ -104,6 +104,8 @@ def show_preview(result: Mapping[str, Any]) -> None:
     """Shards and bytes of each stage, done and to do; for a job its sizes and needs."""
     if "summary" in result:
         show_values(result["summary"])
+        if "estimate" in result:
+            _show_training_estimate(result["estimate"])
         return
     makers = {group: stage for stage in result["stages"] for group in stage["groups"]}
     rows = []
@@ -159,12 +161,40 @@ def _show_estimate(estimate: Mapping[str, Any]) -> None:
         f"time        {human_seconds(estimate['seconds'])}, stages overlapping"
         + ("" if compute is None else f"; ${compute:,.2f} for the machine")
     )
+    if (spot := estimate["spot"]) is not None:
+        _show_spot(spot)
+        if (rows := spot["best_shard_rows"]) is not None:
+            print(f"shards      of {rows:,} samples are best there: {_time_and_money(spot['at_best'])}")
     print(f"bottleneck  {bottleneck['name']}: busy {bottleneck['busy']:.0%} of the time{mostly}")
     print(
         f"store       {human_bytes(store['bytes'])} in {store['files']:,} files: "
         f"${store['usd_per_month']:,.2f} a month, ${store['usd_to_write']:,.2f} to write"
     )
     print(f"basis       {estimate['basis']}")
+
+
+def _show_training_estimate(estimate: Mapping[str, Any]) -> None:
+    print()
+    every = f"checkpoints every {estimate['checkpoint_every_steps']:,} steps"
+    print(f"time        {_time_and_money({**estimate, 'usd': estimate['usd_compute']})}, {every}")
+    if (spot := estimate["spot"]) is not None:
+        _show_spot(spot)
+        best = _time_and_money(spot["at_best"])
+        print(f"checkpoints every {spot['best_every_steps']:,} steps are best there: {best}")
+    print(f"basis       {estimate['basis']}")
+
+
+def _show_spot(spot: Mapping[str, Any]) -> None:
+    counts = ""
+    if spot["interruptions"] is not None and spot["redone"] is not None:
+        counts = f", {spot['interruptions']:,.3g} interruptions, {100 * spot['redone']:.2g}% of the work done again"
+    print(f"spot        {_time_and_money(spot)}{counts}")
+
+
+def _time_and_money(found: Mapping[str, Any]) -> str:
+    if found["seconds"] is None:
+        return "it never ends: machines are taken away before they finish"
+    return human_seconds(found["seconds"]) + ("" if found["usd"] is None else f", ${found['usd']:,.2f}")
 
 
 def show_status(result: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pipeline.planning.hardware import Hardware
 from pipeline.planning.probe import LinearCost, Measured
 from pipeline.planning.simulate import SimulatedShard, simulate
 from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedStage, SimulationResult
+from pipeline.planning.spot import StageLoad, spot_run, usd
 from pipeline.planning.survey import Counted, Survey
 from pipeline.stage import Stage
 
@@ -31,6 +32,8 @@ class Basis:
     """`execution.max_in_flight_shards`."""
     profile: str | None = None
     """Name of the hardware profile; None means this machine."""
+    far: bool = False
+    """Whether the run folder is on an object store, so that each file costs something."""
 
     @property
     def kept(self) -> float:
@@ -94,10 +97,32 @@ def predict(plan: Plan, basis: Basis, bytes_to_do: Mapping[str, int | None]) -> 
         "bottleneck": _bottleneck(simulated_stages, cluster, simulation, seconds),
         "stages": stages,
         "gpu_hours": sum(stage["gpu_hours"] for stage in stages),
-        "usd_compute": None if hardware.usd_per_hour is None else hardware.usd_per_hour * seconds / 3600,
+        "usd_compute": usd(hardware.usd_per_hour, seconds),
+        "spot": _spot(simulated_stages, batches, cluster, simulation, basis, seconds),
         "object_store": _object_store(basis.survey, hardware, bytes_to_do),
         "hardware": hardware.model_dump(mode="json"),
     }
+
+
+def _spot(
+    simulated_stages: Sequence[SimulatedStage],
+    batches: Sequence[tuple[SimulatedShard, int]],
+    cluster: SimulatedCluster,
+    simulation: SimulationResult,
+    basis: Basis,
+    seconds: float,
+) -> dict[str, Any] | None:
+    """The same on spot machines; None if the profile has none, or nothing takes time."""
+    hardware = basis.hardware
+    assert hardware is not None
+    if hardware.spot is None or not any(simulation.busy_s.values()):
+        return None
+    loads = [
+        StageLoad(simulated, *_extent(simulated, batches), simulation.busy_s[simulated.name]).with_task_s(hardware)
+        for simulated in simulated_stages
+    ]
+    files = sum(group.shards_to_do for group in basis.survey.groups.values()) if basis.far else 0
+    return spot_run(loads, cluster, hardware, seconds, files)
 
 
 def _simulated_stage(plan: Plan, stage: Stage, basis: Basis, hardware: Hardware) -> SimulatedStage:
@@ -207,8 +232,7 @@ def _stage(
     bytes_to_do: Mapping[str, int | None],
 ) -> dict[str, Any]:
     stage = next(s for s in plan.stages if s.name == simulated.name)
-    shards = sum(count for job, count in batches if simulated.name in job.needs)
-    rows = sum(job.rows * count for job, count in batches if simulated.name in job.needs)
+    shards, rows = _extent(simulated, batches)
     work_s = shards * simulated.shard_s + rows * simulated.row_s
     sizes = [bytes_to_do[group.name] for group in stage.groups if group.name in bytes_to_do]
     size = None if None in sizes else sum(s for s in sizes if s is not None)
@@ -224,6 +248,12 @@ def _stage(
         **({} if counted is None else {counted.counter: round(counted.units * rows * basis.kept)}),
         **({} if counted is None else {"flops": counted.flops * rows * basis.kept}),
     }
+
+
+def _extent(simulated: SimulatedStage, batches: Sequence[tuple[SimulatedShard, int]]) -> tuple[int, int]:
+    """Shards and rows that need the stage."""
+    shards = sum(count for job, count in batches if simulated.name in job.needs)
+    return shards, sum(job.rows * count for job, count in batches if simulated.name in job.needs)
 
 
 def _parallel(simulated: SimulatedStage, hardware: Hardware) -> float:

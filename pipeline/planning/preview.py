@@ -14,6 +14,7 @@ from pipeline.planning.estimate import Basis, bytes_otherwise, expected_bytes, p
 from pipeline.planning.hardware import Hardware, load_profile, this_machine
 from pipeline.planning.probe import probe
 from pipeline.planning.survey import Survey, count_work, survey
+from pipeline.storage import LocalStorage
 from pipeline.storage.run_folder import ESTIMATE, RunFolder
 
 
@@ -39,7 +40,8 @@ def preview(
         found = survey(state)
     if options.rows is not None:
         found = found.scaled(options.rows, plan)
-    basis = _basis(config.execution, plan, found, hardware, options)
+    far = not isinstance(run.storage, LocalStorage)
+    basis = _basis(config.execution, plan, found, hardware, options, far=far)
     bytes_to_do, otherwise = expected_bytes(plan, basis), bytes_otherwise(basis)
     result = {
         **plan.describe(workflow),
@@ -79,7 +81,9 @@ def _rooms(
     return rooms(plan, run, bytes_to_do, rows, rows, config.execution.num_cpus)
 
 
-def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions) -> Basis:
+def _basis(
+    execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hardware, options: PlanOptions, *, far: bool
+) -> Basis:
     """With a profile only stages that cannot be counted are probed; the others need no models."""
     counted = count_work(plan, found)
     executor = options.executor or "ray"
@@ -88,4 +92,5 @@ def _basis(execution: ExecutionConfig, plan: Plan, found: Survey, hardware: Hard
         stages = [stage for stage in plan.stages if not options.profile or stage.name not in counted]
         measured = probe(plan, stages, found.samples, executor, execution)
     executor = "ray" if options.profile else executor
-    return Basis(found, counted, measured, hardware, executor, execution.max_in_flight_shards, options.profile)
+    window = execution.max_in_flight_shards
+    return Basis(found, counted, measured, hardware, executor, window, options.profile, far)

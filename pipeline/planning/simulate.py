@@ -8,7 +8,13 @@ from pipeline.engine.scheduler import Scheduler
 from pipeline.engine.state import RunState
 from pipeline.executors.base import ExecutionConfig
 from pipeline.plan import Plan
-from pipeline.planning.simulated_executor import SimulatedCluster, SimulatedExecutor, SimulatedStage, SimulationResult
+from pipeline.planning.simulated_executor import (
+    NodeEvent,
+    SimulatedCluster,
+    SimulatedExecutor,
+    SimulatedStage,
+    SimulationResult,
+)
 from pipeline.signals import StopSignals
 from pipeline.stage import Group, Shard, Stage, Task
 from pipeline.storage.events import EventLog
@@ -26,10 +32,13 @@ class SimulatedShard:
 
 
 def simulate(
-    simulated_stages: Sequence[SimulatedStage], shards: Sequence[SimulatedShard], cluster: SimulatedCluster
+    simulated_stages: Sequence[SimulatedStage],
+    shards: Sequence[SimulatedShard],
+    cluster: SimulatedCluster,
+    node_events: Sequence[NodeEvent] = (),
 ) -> SimulationResult:
-    """Runs the shards through the simulated stages."""
-    executor = SimulatedExecutor(simulated_stages, cluster)
+    """Runs the shards through the simulated stages, while nodes are lost and come back."""
+    executor = SimulatedExecutor(simulated_stages, cluster, node_events=node_events)
     names = {simulated.name for simulated in simulated_stages}
     stages = tuple(_Counted(simulated, names) for simulated in simulated_stages)
     plan = Plan(stages, lambda: _shards(shards), lambda *_: {})
