@@ -152,7 +152,7 @@ def test_the_report_has_a_section_for_each_captioner(run: Path) -> None:
     assert f"{counts['tokens_out']:,}" in part
     assert "refused" in part
     rows = re.findall(r'<td dir="auto">(.*?)</td>\s*<td dir="auto">(.*?)</td>', part)
-    captions = {(s.captions[0], *s.caption_sets["long"]) for s in Store.open(run / "store")}
+    captions = {(" / ".join(s.captions), *s.caption_sets["long"]) for s in Store.open(run / "store")}
     assert len(rows) == 6
     assert set(rows) <= captions
     assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', part))
