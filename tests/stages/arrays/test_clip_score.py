@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel
 
+from imagen_core.conditions import ConditionError
 from imagen_core.store import Store, verify_store
 from pipeline.errors import ConfigError
 from stages.browse.store.table import SamplesTable
@@ -89,6 +90,8 @@ def test_scores_are_those_of_clip_and_filter_and_a_set_that_is_added_has_its_own
     assert 0 < len(expected) < len(longs)
     assert {sample.key for sample in store.where(f"clip_score.long > {limit!r}")} == expected
     assert {sample.key for sample in store.where("clip_score.long IS NULL")} == {s.key for s in store} - longs.keys()
+    with pytest.raises(ConditionError, match=r"no column 'caption_tokens\.long'"):
+        store.where("caption_tokens.long > 1")  # of one vector the tokens are not known
     table = SamplesTable(store, dict)
     assert table.wait(60)
     assert {row.key for row in rows(table, **{"array.clip_score.long_min": repr(limit + 1e-9)})} == expected
