@@ -10,6 +10,8 @@ from rich.table import Table
 from pipeline.units import human_bytes, human_seconds
 
 _WHOLE_CELL = 20
+_PAID = (("requests", "requests"), ("tokens_in", "tokens in"), ("tokens_out", "tokens out"))
+"""Counters of a group that are shown, of what is paid for, and their texts."""
 """Longest cell, in characters, of a column that is never wrapped."""
 
 
@@ -205,6 +207,12 @@ def show_status(result: Mapping[str, Any]) -> None:
     ]
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
+    for name, group in result["groups"].items():
+        asked = [
+            f"{group['counters'][counter]:,.0f} {text}" for counter, text in _PAID if counter in group["counters"]
+        ]
+        if asked:
+            print(f"{name}: {', '.join(asked)}")
     if filtered := result.get("filtered"):
         print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:

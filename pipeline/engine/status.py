@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from pipeline.engine.tally import GroupTally
 from pipeline.errors import ConfigError
 from pipeline.storage.lock import is_running
 from pipeline.storage.run_folder import METRICS, PLAN, SUMMARY, RunFolder
@@ -37,13 +38,10 @@ def run_status(place: str) -> dict[str, object]:
 
 
 def _group_status(run: RunFolder, name: str) -> dict[str, object]:
-    shards = rows = 0
-    drops: dict[str, int] = {}
+    tally = GroupTally()
     for record in run.records(name):
-        shards, rows = shards + 1, rows + record.rows
-        for reason, count in record.drops.items():
-            drops[reason] = drops.get(reason, 0) + count
-    return {"shards": shards, "rows": rows, "drops": drops}
+        tally.add(record)
+    return {"shards": tally.shards, "rows": tally.rows, "drops": tally.drops, "counters": tally.counters}
 
 
 def _newest_metrics(run: RunFolder) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from imagen_core.store.files.shard import EmbeddingFile
 from imagen_core.store.manifest import Manifest
 
 CAPTION_TOKENS = "caption_tokens"
+_VECTORS = ("pooled", "projected")
+"""Outputs of encoders that make one vector of a caption, whose number of tokens is not stored."""
 
 
 class _Shard(Protocol):
@@ -37,15 +39,17 @@ class Computed(NamedTuple):
 
 def computed_columns(manifest: Manifest, caption_sets: Sequence[str]) -> dict[str, Computed]:
     """The columns by name: `caption_tokens.SET.ENCODER`, the tokens of the longest caption that a sample has of a set;
-    `caption_tokens.SET` where one encoder has encoded the set; and arrays that are numbers.
+    `caption_tokens.SET` where one encoder has encoded the set; encoders that make one vector of a caption do not count;
+    and arrays that are numbers.
 
     Args:
         caption_sets: of the store, that of `samples` first.
     """
     found: dict[str, Computed] = {}
     first = caption_sets[0]
+    with_tokens = [name for name, group in manifest.texts.items() if group.fingerprint.get("output") not in _VECTORS]
     for name in caption_sets:
-        encoders = [each for each in manifest.texts if name == first or (each, name) in manifest.set_texts]
+        encoders = [each for each in with_tokens if name == first or (each, name) in manifest.set_texts]
         for encoder in encoders:
             lengths = Computed(pa.int64(), _tokens(encoder, None if name == first else name))
             found[f"{CAPTION_TOKENS}.{name}.{encoder}"] = lengths

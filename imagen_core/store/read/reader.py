@@ -257,7 +257,7 @@ class StoreReader:
             if not num_rows:
                 return np.zeros(0, np.bool_)
             shard = OpenShard(self._folder, self._manifest, self._generations, position)
-            found = shard.columns(stored)
+            found = shard.columns(stored) if stored else pa.table({})
             cells = {n: found[n] if n in stored else computed[n].read(shard) for n in parsed.columns}
             return chosen_rows(parsed, cells, num_rows)
 

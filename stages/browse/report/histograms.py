@@ -14,18 +14,22 @@ _ASPECT_BARS = 32
 _WIDEST = 4.0
 
 
+def spread_shards(store: Store) -> list[int]:
+    """Positions of the shards with samples: of all, or of 64 that are spread evenly over the store."""
+    positions = np.flatnonzero(store.manifest.rows)
+    if len(positions) > _MOST_SHARDS:
+        positions = positions[np.linspace(0, len(positions) - 1, _MOST_SHARDS).astype(int)]
+    return positions.tolist()
+
+
 def image_shapes(store: Store) -> np.ndarray:
     """Width and height of the original images, int64 (n, 2): of all samples, or of those of 64 shards that are spread
     evenly over the store. Samples whose size is not known are left out."""
-    manifest = store.manifest
-    positions = np.flatnonzero(manifest.rows)
-    if len(positions) > _MOST_SHARDS:
-        positions = positions[np.linspace(0, len(positions) - 1, _MOST_SHARDS).astype(int)]
     found = [np.empty((0, 2), np.int64)]
-    for position in positions.tolist():
+    for position in spread_shards(store):
         table = store.shard(position).columns(("width", "height"))
         sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1).astype(np.int64)
-        rows = np.setdiff1d(np.arange(len(sizes)), list(manifest.excluded.get(position, ())))
+        rows = np.setdiff1d(np.arange(len(sizes)), list(store.manifest.excluded.get(position, ())))
         found.append(sizes[rows])
     sizes = np.concatenate(found)
     return sizes[sizes.min(axis=1) > 0] if len(sizes) else sizes

@@ -19,9 +19,9 @@ _MOST_THUMBNAILS, _THUMBNAIL_PX = 48, 96
 _MOST_PIXELS = 32 * 2**20
 
 
-def image_grid(store: Store, count: int) -> list[dict[str, object]]:
-    """Up to `count` samples spread evenly over the store: captions, kept columns, and every size as a data URL,
-    uncropped."""
+def image_grid(store: Store, count: int) -> list[dict[str, Any]]:
+    """Up to `count` samples spread evenly over the store: captions, also by set, kept columns, and every size as a
+    data URL, uncropped."""
     indices = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int) if len(store) else []
     samples = (store[int(index)] for index in indices)
     further = list(store.caption_sets)[1:]
@@ -32,6 +32,7 @@ def image_grid(store: Store, count: int) -> list[dict[str, object]]:
                 *sample.captions,
                 *(f"{name}: {caption}" for name in further for caption in sample.caption_sets[name]),
             ],
+            "caption_sets": sample.caption_sets,
             "columns": sample.columns,
             "images": [
                 {"width_px": width, "height_px": height, "url": _png_url(sample.images[size])}

@@ -8,6 +8,7 @@ from typing import Any
 from imagen_core.store import SAMPLES_GROUP, Store
 from pipeline.storage.events import read_events
 from pipeline.storage.run_folder import SUMMARY, RunFolder
+from stages.browse.report.captioners import captioner_sections
 from stages.browse.report.histograms import count_chart, image_shapes, shape_charts
 from stages.browse.report.images import caption_tokens, dropped_images, image_grid
 from stages.browse.web import part
@@ -21,6 +22,7 @@ from stages.stores import group_bytes
 
 _NUM_IMAGES = 24
 _NUM_DROPS = 100
+_NUM_EXAMPLES = 6
 
 
 def store_content(store: Store, run: RunFolder) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def store_content(store: Store, run: RunFolder) -> dict[str, Any]:
     summary = run.read_engine_file(SUMMARY)
     dropped = first_drops(run, _NUM_DROPS)
     shapes = image_shapes(store)
+    images = image_grid(store, _NUM_IMAGES)
     return {
         "title": run.url.rpartition("/")[2],
         "num_samples": len(store),
@@ -55,6 +58,12 @@ def store_content(store: Store, run: RunFolder) -> dict[str, Any]:
         "int8": _of_groups(summary, quantisation_summary),
         "losses": _of_groups(summary, caption_losses),
         "crops": crops.to_json() if (crops := _crops(summary)) else None,
+        "first_set": next(iter(store.caption_sets)),
+        "captioners": captioner_sections(store, run, summary),
+        "examples": {
+            name: [image for image in images if image["caption_sets"][name]][:_NUM_EXAMPLES]
+            for name in store.manifest.captions
+        },
         "throughput": _throughput(run),
         "planned": compare_with_plan(run, sizes),
         "encoders": {name: group.fingerprint for name, group in store.manifest.texts.items()},
@@ -62,7 +71,7 @@ def store_content(store: Store, run: RunFolder) -> dict[str, Any]:
             name: (len(counts), count_chart(f"tokens per caption of {name}, end of sequence included", counts))
             for name, counts in _caption_tokens(store).items()
         },
-        "images": image_grid(store, _NUM_IMAGES),
+        "images": images,
         "num_shapes": len(shapes),
         "shape_charts": shape_charts(shapes),
     }
@@ -127,7 +136,7 @@ def _throughput(run: RunFolder) -> list[dict[str, object]]:
 
 def plain_content(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content without images and charts, for --json."""
-    shown = ("images", "captions", "dropped_images", "num_shapes", "shape_charts")
+    shown = ("images", "captions", "dropped_images", "num_shapes", "shape_charts", "examples", "first_set")
     return {key: value for key, value in content.items() if key not in shown}
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ pytest.importorskip("sqlglot")
 from imagen_core import store as st
 from imagen_core.conditions import ConditionError
 from imagen_core.store.read.places import AllPlaces, ChosenPlaces
-from tests.imagen_core.store.handmade_store import Made, remove
+from tests.imagen_core.store.arrays_added import add_arrays, values_of
+from tests.imagen_core.store.caption_sets_added import add_caption_sets
+from tests.imagen_core.store.handmade_store import Made, make_store, remove
 
 Make = Callable[..., Made]
 CHOSEN = ["000-002", "000-003", "000-004", "001-002", "002-002", "002-003"]
@@ -66,6 +69,71 @@ def test_a_condition_that_does_not_fit_is_refused(make: Make, condition: str, me
         store.where(condition)
     with pytest.raises(ValueError, match=r"^where: "):
         store.loader(batch_size=1, where=condition)
+
+
+SHORT = {0: ["one"], 1: [], 2: ["one", "two"], 3: ["empty"]}
+
+
+@pytest.fixture
+def computed(tmp_path: Path, store_format: st.StoreFormat) -> st.Store:
+    """A store with a further set of captions, "empty" of which was not encoded, and arrays of several shapes."""
+    root = tmp_path / "computed"
+    make_store(root, shard_rows=(5, 3), sizes=(), store_format=store_format, excluded={0: [4]})
+    add_caption_sets(root, {"short": lambda shard, row: SHORT[row % 4]}, {"long": 1.0, "short": 1.0})
+    captions = {"captions": json.loads((root / "manifest.json").read_bytes())["captions"]}
+    for name, spec in (
+        ("score", st.ArraySpec("float32")),
+        ("has-text", st.ArraySpec("bool")),
+        ("clip_score.short", st.ArraySpec("float32", (None,))),
+        ("mask", st.ArraySpec("bool", (None, None))),
+    ):
+        add_arrays(root, name, spec, values_of(spec, 8), store_format)
+    header = json.loads((root / "manifest.json").read_bytes())
+    st.write_manifest(root / "manifest.json", {"groups": header["groups"], **captions}, header["shards"])
+    return st.Store.open(root)
+
+
+def test_lengths_of_captions_can_be_named(computed: st.Store) -> None:
+    longest = {s.key: max(len(text) for text in s.text["t5"]) for s in computed}
+    assert len(set(longest.values())) > 2
+    for limit in range(1, 8):
+        expected = [key for key, length in longest.items() if length > limit]
+        for name in ("caption_tokens.long", "caption_tokens.long.t5", '"caption_tokens.long"'):
+            assert [s.key for s in computed.where(f"{name} > {limit}")] == expected
+    assert [s.key for s in computed.where("caption_tokens.short > 1")] == ["000-000", "000-002", "001-000", "001-002"]
+    assert [s.key for s in computed.where("caption_tokens.short = 0")] == ["000-003"]
+    assert [s.key for s in computed.where("caption_tokens.short IS NULL and height > 0")] == ["000-001", "001-001"]
+    assert [s.key for s in pickle.loads(pickle.dumps(computed.where("caption_tokens.short = 0")))] == ["000-003"]
+
+
+def test_arrays_of_numbers_can_be_named(computed: st.Store) -> None:
+    expected = {
+        "score > 0 and height >= 480": [s.key for s in computed if s.arrays["score"] > 0],
+        '"has-text"': [s.key for s in computed if s.arrays["has-text"]],
+        "clip_score.short > 0": [
+            s.key for s in computed if len(values := s.arrays["clip_score.short"]) and values.mean() > 0
+        ],
+        "clip_score.short IS NULL": [s.key for s in computed if not len(s.arrays["clip_score.short"])],
+    }
+    for condition, keys in expected.items():
+        assert 0 < len(keys) < len(computed), condition
+        assert [sample.key for sample in computed.where(condition)] == keys, condition
+    with pytest.raises(ConditionError, match=r"has no column 'mask'; .*, caption_tokens\.long, .*clip_score\.short"):
+        computed.where("mask")
+    with pytest.raises(ConditionError, match=r"has no column 'caption_tokens\.brief'"):
+        computed.where("caption_tokens.brief > 1")
+
+
+def test_a_condition_on_captions_has_an_order_that_resumes_and_splits(computed: st.Store) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "seed": 2, "where": "caption_tokens.long > 3"}
+    alone = keys_of(computed.loader(**options))
+    loader = computed.loader(**options)
+    next(iter(loader))
+    ranks = [computed.loader(**options, rank=rank, world_size=2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(loader.state_dict())
+    assert sorted(key for rank in ranks for key in keys_of(rank)) == sorted(alone[1:])
+    assert sorted(alone) == [sample.key for sample in computed.where(options["where"])]
 
 
 @pytest.mark.parametrize("window", [None, 2])
