@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from imagen_core.far import StorageError, is_far
+from imagen_core.far import StorageError
 from pipeline.errors import ConfigError, storage_error
 from pipeline.fingerprint import digest
 from pipeline.stage import note_progress
@@ -92,7 +92,7 @@ class TableCaptionerConfig(CaptionerConfig):
 
     def pinned(self) -> Self:
         """The same table for any worker: a local one by its absolute path."""
-        return self if is_far(self.path) else self.model_copy(update={"path": str(Path(self.path).absolute())})
+        return self if "://" in self.path else self.model_copy(update={"path": str(Path(self.path).absolute())})
 
 
 class CaptionTable:
@@ -168,8 +168,8 @@ def _key(key: str) -> bytes:
 
 
 def _sha256(file: str) -> str:
-    if not is_far(file):
-        path = Path(file.removeprefix("file://")).absolute()
+    if "://" not in file:
+        path = Path(file).absolute()
         return remembered_digest([path], lambda: file_digest(path))
     with open_file(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
