@@ -183,7 +183,7 @@ def test_other_weights_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "tiny-vlm"
     write_describer(other, "llava")
     precompute(tmp_path / "run", *SMALL, captioner(model))
-    precompute(tmp_path / "run", *SMALL, captioner(other, batch_size=1)), "the same weights elsewhere"
+    precompute(tmp_path / "run", *SMALL, captioner(other, batch_size=1))  # the same weights elsewhere
     write_describer(other, "llava", seed=1)
     with pytest.raises(PipelineError, match=r"captions-short\.made_by\.weights_sha256") as error:
         precompute(tmp_path / "run", *SMALL, captioner(other))

@@ -139,7 +139,7 @@ def test_a_table_that_cannot_be_used_ends_the_run_and_no_file_of_the_set_is_ther
     assert (error.value.exit_code, "\n" in str(error.value).strip()) == (2, False)
     assert not list((tmp_path / "run").glob("store/captions-florence/*"))
     (tmp_path / "t.jsonl").write_text('{"key": "a", "caption": "x"}\n')
-    summary = precompute(tmp_path / "run", *NO_ENCODER, captioner(tmp_path / "t.jsonl"))
+    summary = precompute(tmp_path / "run", *NO_ENCODER, captioner(tmp_path / "t.jsonl"), restart=True)
     assert tally(summary)["drops"] == {"missing_key": KEYS}
 
 
