@@ -13,13 +13,13 @@ from imagen_core.store import Store, read_captions, verify_store
 from pipeline.errors import MachineError, PipelineError, StaleOutputError
 from pipeline.storage.run_folder import RunFolder
 from stages.captioners.base import Question, question_seed
-from stages.captioners.generate import GeneratingCaptioner
+from stages.captioners.transformers import GeneratingCaptioner
 from stages.captions import clean_caption
 from stages.precompute.captioning.make import MakeCaptionsStage
 from stages.precompute.originals import OriginalsReader
 from tests.commands import call
 from tests.runs import precompute, store_bytes
-from tests.stages.captioners.test_generate import own_generate
+from tests.stages.captioners.test_transformers import own_generate
 from tests.stages.captioners.tiny_describers import write_describer
 from workflows.precompute import Precompute, PrecomputeConfig
 
