@@ -3,15 +3,14 @@
 import hashlib
 import json
 import sqlite3
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field
 
-from imagen_core.far import StorageError, is_far
+from imagen_core.far import StorageError
 from pipeline.errors import ConfigError, storage_error
 from pipeline.fingerprint import digest
 from pipeline.stage import note_progress
@@ -92,7 +91,7 @@ class TableCaptionerConfig(CaptionerConfig):
 
     def pinned(self) -> Self:
         """The same table for any worker: a local one by its absolute path."""
-        return self if is_far(self.path) else self.model_copy(update={"path": str(Path(self.path).absolute())})
+        return self if "://" in self.path else self.model_copy(update={"path": str(Path(self.path).absolute())})
 
 
 class CaptionTable:
@@ -106,7 +105,6 @@ class CaptionTable:
         """
         self.config = config
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._lock = threading.Lock()
         self._database.execute("CREATE TABLE captions (key BLOB, cell TEXT)")
         self._database.execute("BEGIN")
         self.num_rows = 0
@@ -149,8 +147,7 @@ class CaptionTable:
     def captions(self, keys: Sequence[str]) -> list[tuple[tuple[str, ...], tuple[str, str] | None]]:
         """The cleaned captions of each key; where there are none, also reason and detail."""
         query = "SELECT cell FROM captions WHERE key = ?"
-        with self._lock:
-            cells = [self._database.execute(query, (_key(key),)).fetchone() for key in keys]
+        cells = [self._database.execute(query, (_key(key),)).fetchone() for key in keys]
         return [_read(None if cell is None else json.loads(cell[0])) for cell in cells]
 
 
@@ -168,8 +165,8 @@ def _key(key: str) -> bytes:
 
 
 def _sha256(file: str) -> str:
-    if not is_far(file):
-        path = Path(file.removeprefix("file://")).absolute()
+    if "://" not in file:
+        path = Path(file).absolute()
         return remembered_digest([path], lambda: file_digest(path))
     with open_file(file) as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, opened), "sha256").hexdigest()

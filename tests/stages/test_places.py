@@ -44,7 +44,7 @@ TAKES = {
     ),
     *("generated.path", "reference.path", "features.path", "lpips.path", "logits", "clip_images", "clip_texts"),
     *("prompts_file", "low_res", "init.images", "inpaint.image", "inpaint.mask"),
-    *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null"),
+    *("source.path", "source.file_list", "source.image_folder", "arrays.folder", "encoders.null", "captioners.path"),
     *(
         "image_encoders.null",
         "duplicates.exclude",
@@ -57,7 +57,7 @@ TAKES = {
     ),
 }
 """Keys and options whose value may be a URL. What is here has a test with one, here or in test_object_store.py and
-test_folder_url.py."""
+test_folder_url.py, or in test_table.py."""
 REFUSES = {
     "config": ["run", "precompute", "-c", f"{URL}.yaml"],
     "profile": ["plan", "precompute", "--profile", f"{URL}.yaml"],

@@ -13,13 +13,13 @@ from imagen_core.store import Store, read_captions, verify_store
 from pipeline.errors import MachineError, PipelineError, StaleOutputError
 from pipeline.storage.run_folder import RunFolder
 from stages.captioners.base import Question, question_seed
-from stages.captioners.generate import GeneratingCaptioner
+from stages.captioners.transformers import GeneratingCaptioner
 from stages.captions import clean_caption
 from stages.precompute.captioning.make import MakeCaptionsStage
 from stages.precompute.originals import OriginalsReader
 from tests.commands import call
 from tests.runs import precompute, store_bytes
-from tests.stages.captioners.test_generate import own_generate
+from tests.stages.captioners.test_transformers import own_generate
 from tests.stages.captioners.tiny_describers import write_describer
 from workflows.precompute import Precompute, PrecomputeConfig
 
@@ -183,7 +183,7 @@ def test_other_weights_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "tiny-vlm"
     write_describer(other, "llava")
     precompute(tmp_path / "run", *SMALL, captioner(model))
-    precompute(tmp_path / "run", *SMALL, captioner(other, batch_size=1)), "the same weights elsewhere"
+    precompute(tmp_path / "run", *SMALL, captioner(other, batch_size=1))  # the same weights elsewhere
     write_describer(other, "llava", seed=1)
     with pytest.raises(PipelineError, match=r"captions-short\.made_by\.weights_sha256") as error:
         precompute(tmp_path / "run", *SMALL, captioner(other))

@@ -10,8 +10,7 @@ from PIL import Image
 
 from pipeline.errors import ConfigError, MachineError
 from stages.captioners.base import Answer, Question, question_seed
-from stages.captioners.generate import GeneratingCaptioner
-from stages.captioners.transformers import TransformersCaptionerConfig
+from stages.captioners.transformers import GeneratingCaptioner, TransformersCaptionerConfig
 from tests.stages.captioners.tiny_describers import KINDS, write_describer
 
 PROMPTS = ("a", "what is there in it", "a small red circle on a blue ground and nothing else")
