@@ -4,8 +4,8 @@
 
 The server, in a process of its own, takes 200 ms for a request and serves 64 at a time, so 320 a second. A finished
 run with its originals gets a captioner; the rate is that between the first and the last answer, as the server counts.
-In turns with it a bare client sends as many requests, made beforehand, as many at a time and nothing else. Then a run
-makes 100,000 requests that are answered at once, and the memory of its processes is read meanwhile.
+In turns with it a bare client sends as many requests, made beforehand, as many at a time and nothing else. Then a
+run with two captioners makes 100,000 requests that are answered at once, and its processes' memory is read meanwhile.
 """
 
 import argparse
@@ -36,7 +36,9 @@ IN_FLIGHT = 80
 """Requests that a client sends at once: a few more than are served, so that a place is filled once it is free."""
 LIMIT = AT_ONCE / SECONDS
 PX, SMALL_PX = 64, 16
-SAMPLES, SHARD, ROUNDS = 2400, 200, 3
+DISTINCT = 1000
+"""Images; further samples have the same ones."""
+SAMPLES, SHARD, ROUNDS = 4000, 500, 2
 REQUESTS, EARLY = 100_000, 10_000
 NOTES = [
     "requests/s: between the first and the last answer, as the server counts, without the first 64; median of rounds",
@@ -98,7 +100,7 @@ def throughput(folder: Path, url: str, args: argparse.Namespace) -> dict[str, li
     rates: dict[str, list[float]] = {"captioner": [], "bare": []}
     for number in range(args.rounds):
         _get(f"{url}/times")
-        subprocess.run([*base, captioner(f"c{number}", f"{url}/paced/v1")], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*base, captioners(f"{url}/paced/v1", f"c{number}")], check=True, stdout=subprocess.DEVNULL)
         rates["captioner"].append(_rate(_get(f"{url}/times")))
         asyncio.run(bare(f"{url}/paced/v1", args.samples, args.px))
         rates["bare"].append(_rate(_get(f"{url}/times")))
@@ -117,21 +119,24 @@ def finished_run(folder: Path, samples: int, px: int, shard_size: int) -> list[s
     return command
 
 
-def captioner(name: str, base_url: str) -> str:
-    settings = {"name": name, "kind": "openai", "model": MODEL, "prompt": "Describe it.", "base_url": base_url}
-    return f"captioners={json.dumps([{**settings, 'max_in_flight': IN_FLIGHT}])}"
+def captioners(base_url: str, *names: str) -> str:
+    settings = {"kind": "openai", "model": MODEL, "prompt": "Describe it.", "max_in_flight": IN_FLIGHT}
+    return f"captioners={json.dumps([{'name': name, 'base_url': base_url, **settings} for name in names])}"
 
 
 def write_images(path: Path, count: int, px: int) -> None:
     """A table of captions and square images."""
-    images = []
-    for number in range(count):
+    images: list[bytes] = []
+    for number in range(min(count, DISTINCT)):
         file = io.BytesIO()
         pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
         Image.fromarray(pixels).resize((px, px)).save(file, "PNG", compress_level=1)
         images.append(file.getvalue())
-    captions = [f"image {number}" for number in range(count)]
-    pq.write_table(pa.table({"image": images, "caption": captions}), path, row_group_size=1000)
+    columns = {
+        "image": [images[number % DISTINCT] for number in range(count)],
+        "caption": [f"image {number}" for number in range(count)],
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=1000)
 
 
 def _rate(times: list[float]) -> float:
@@ -167,10 +172,11 @@ async def bare(url: str, count: int, px: int) -> None:
 
 
 def memory(folder: Path, url: str, requests: int) -> list[dict[str, Any]]:
-    """The memory of a run's processes after 10,000 requests, half of all, and all but the last hundredth."""
-    command = finished_run(folder, requests, SMALL_PX, 2000)
+    """The memory of a run's processes after 10,000 requests, half of all, and all but the last hundredth.
+    Two captioners make half of them each."""
+    command = finished_run(folder, requests // 2, SMALL_PX, 1000)
     before = _get(f"{url}/answered")
-    run = subprocess.Popen([*command, captioner("c", f"{url}/instant/v1")], stdout=subprocess.DEVNULL)
+    run = subprocess.Popen([*command, captioners(f"{url}/instant/v1", "long", "short")], stdout=subprocess.DEVNULL)
     found: list[dict[str, Any]] = []
     for wanted in sorted({min(EARLY, requests // 2), requests // 2, requests - requests // 100}):
         while run.poll() is None and (answered := _get(f"{url}/answered") - before) < wanted:

@@ -186,6 +186,7 @@ class ServerCaptioner:
             server = await self._server(only, server)
             while only is None and not self.budget.begin():
                 await asyncio.sleep(_SHORT_PAUSE_S)
+            sent = self._loop.time()
             reply = await self._send(server, data)
             if isinstance(reply, Reply):
                 answer, is_answer = reply.answer, reply.answer.problem is None
@@ -206,7 +207,7 @@ class ServerCaptioner:
                 await asyncio.sleep(_SHORT_PAUSE_S * 2 ** tried.total())
                 continue
             if reply.limited:
-                if only is not None or await self._is_well(server, began):
+                if only is not None or await self._is_well(server, sent):
                     return Answer(problem=(reply.reason, reply.detail))
                 tried.clear()
             elif reply.reason != "disconnected" or tried[reply.reason] > _AT_ONCE_AGAIN:
