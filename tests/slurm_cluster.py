@@ -104,10 +104,13 @@ class Slurm:
             time.sleep(0.3)
 
     def submit(self, words: Sequence[str], folder: Path) -> list[str]:
-        """Writes the files of `pipeline schedule WORDS` into a folder and submits them as it says; the jobs' ids."""
+        """Writes the files of `pipeline schedule WORDS` into a folder and submits them as it says; the jobs' ids, in
+        the order in which they run."""
         command = [sys.executable, "-m", "pipeline", "schedule", *words, "--kind", "slurm", "--write-to", str(folder)]
         *_, last = self.call(*command).splitlines()
-        return re.findall(r"Submitted batch job (\d+)", self.call("bash", "-c", last.removeprefix("install: "), cwd=folder))
+        told = self.call("bash", "-c", last.removeprefix("install: "), cwd=folder)
+        (job,) = re.findall(r"Submitted batch job (\d+)", told)
+        return [*re.findall(r"afterany:(\d+)", self.facts(job)["Dependency"]), job]
 
     def wait_for_end(self, job: str, timeout_s: float) -> dict[str, str]:
         """Waits until a job has ended for good; returns its facts."""
