@@ -1,7 +1,7 @@
 """Does a run survive what Slurm does to jobs? On a real Slurm with two nodes, on this machine's loopback interface.
 
-The jobs are those that `pipeline schedule --kind slurm` writes, submitted with the command that it prints. After each scene
-every byte of the store is compared with that of an uninterrupted local run.
+The jobs are those that `pipeline schedule --kind slurm` writes, submitted with the command that it prints. After each
+scene every byte of the store is compared with that of an uninterrupted local run.
 
 python -m benchmarks.slurm --out benchmarks/results/slurm.json
 """
@@ -62,10 +62,11 @@ class Scene:
         self.out = self.folder / "run"
         self.jobs: list[str] = []
 
-    def submit(self, *options: str, executor: str = "inline") -> str:
+    def submit(self, *options: str, executor: str | None = "inline") -> str:
         """Schedules the run and submits its jobs; returns the first one."""
         self.folder.mkdir()
-        words = ["precompute", "--out", str(self.out), "--executor", executor, "--cpus", "1", *options, *SETTINGS]
+        words = ["precompute", "--out", str(self.out), "--cpus", "1", *options, *SETTINGS]
+        words += [] if executor is None else ["--executor", executor]
         self.jobs = self.cluster.submit(words, self.folder)
         return self.jobs[0]
 
@@ -139,8 +140,37 @@ def array(scene: Scene) -> None:
     scene.finish()
 
 
+def cancelled(scene: Scene) -> None:
+    """Cancelled by its user, which holds; the same script, submitted again, goes on."""
+    job = scene.submit()
+    scene.wait_for_shards(2)
+    scene.cluster.call("scancel", job)
+    scene.cluster.wait("the end of the job", lambda: not scene.cluster.states(), _LIMIT_S)
+    assert scene.cluster.facts(job)["JobState"] == "CANCELLED"
+    scene.jobs.append(scene.cluster.call("sbatch", "--parsable", str(next(scene.folder.glob("*.sh")))))
+    scene.finish()
+
+
+def two_nodes(scene: Scene) -> None:
+    """Ray over both nodes; the job is put back into the queue."""
+    job = scene.submit("--nodes", "2", executor=None)
+    scene.wait_for_shards(2)
+    scene.cluster.call("scontrol", "requeue", job)
+    scene.finish()
+
+
+def in_containers(scene: Scene) -> None:
+    """In a step of `srun` as with Pyxis, whose options a stand-in leaves out; ended by the time limit."""
+    scene.submit("--container-image", "registry#pipeline:1", "--time", "1")
+    scene.finish()
+    noted = (scene.cluster.folder / "bin" / "containers").read_text().splitlines()
+    assert "--container-image=registry#pipeline:1" in noted
+    assert any(word.startswith(f"--container-mounts={scene.out}:{scene.out}") for word in noted), noted
+
+
 SCENES: dict[str, Callable[[Scene], None]] = {
-    scene.__name__: scene for scene in (undisturbed, preempted, node_lost, time_limit, array)
+    scene.__name__: scene
+    for scene in (undisturbed, preempted, node_lost, time_limit, array, cancelled, two_nodes, in_containers)
 }
 
 
@@ -168,9 +198,9 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     notes = [
-        f"Slurm {version}: slurmctld, munge and two slurmd on loopback; {SHARDS} shards of 8 images, paced at 2 a second",
-        f"{sum(story.starts for story in stories)} starts, {sum(story.requeued for story in stories)} jobs put back into "
-        f"the queue, {sum(not story.identical for story in stories)} stores that differ from the uninterrupted run's",
+        f"Slurm {version}: slurmctld, munge and two slurmd on loopback; {SHARDS} shards of 8 images, paced at 2 per s",
+        f"{sum(story.starts for story in stories)} starts, {sum(story.requeued for story in stories)} times a job was "
+        f"put back into the queue, {sum(not story.identical for story in stories)} stores differ",
     ]
     report("slurm", [asdict(story) for story in stories], {}, arguments.out, ["imagen-precompute", "ray"], notes)
     if not all(story.identical for story in stories):
