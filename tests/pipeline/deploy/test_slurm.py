@@ -151,8 +151,9 @@ def test_several_gpus_of_one_node_are_used_by_ray() -> None:
     assert executor("--gpus", "2") == ["ray"]
     assert executor("--gpus", "2", "--executor", "local") == ["local"]
 
-    STUBS = {
-        "pipeline": """printf '%s\\0' "$@" >"$CALLS.arguments"
+
+STUBS = {
+    "pipeline": """printf '%s\\0' "$@" >"$CALLS.arguments"
 if [ "$CODE" = wait ]; then
   trap 'echo TERM >>"$CALLS"; until [ -e "$CALLS.go" ]; do sleep 0.02; done; exit 75' TERM
   touch "$CALLS.started"
@@ -160,15 +161,15 @@ if [ "$CODE" = wait ]; then
 fi
 exit "${CODE:-0}"
 """,
-        "srun": """while [[ $1 == --* ]]; do
+    "srun": """while [[ $1 == --* ]]; do
   case $1 in --container-*) printf '%s\\n' "$1" >>"$CALLS.containers" ;; esac
   shift
 done
 exec "$@"
 """,
-        "squeue": "echo RUNNING\n",
-        "scontrol": 'echo "scontrol $*" >>"$CALLS"\n',
-    }
+    "squeue": "echo RUNNING\n",
+    "scontrol": 'echo "scontrol $*" >>"$CALLS"\n',
+}
 
 
 class Scripts:
