@@ -1,7 +1,7 @@
 """Does a run survive what Slurm does to jobs? On a real Slurm with two nodes, on this machine's loopback interface.
 
-The jobs are those that `pipeline schedule --kind slurm` writes, submitted with the command that it prints. After each scene
-every byte of the store is compared with that of an uninterrupted local run.
+The jobs are those that `pipeline schedule --kind slurm` writes, submitted with the command that it prints. After each
+scene every byte of the store is compared with that of an uninterrupted local run.
 
 python -m benchmarks.slurm --out benchmarks/results/slurm.json
 """
@@ -21,16 +21,8 @@ from benchmarks.common import report
 from tests.runs import pipeline, store_bytes
 from tests.slurm_cluster import Slurm, slurm, slurm_missing
 
-SHARDS = 10
-SETTINGS = [
-    f"source.num_samples={8 * SHARDS}",
-    "shard_size=8",
-    "images.sizes_px=[64]",
-    "encoders=[]",
-    "source.download.max_per_host=1",
-    "source.download.min_interval_s=0.5",  # so a shard takes 4 s, most of them asleep
-    "execution.grace_s=1",
-]
+SETTINGS = ["shard_size=8", "images.sizes_px=[64]", "encoders=[]", "source.download.max_per_host=1"]
+PACE = ["source.download.min_interval_s=0.5", "execution.grace_s=1"]  # so a shard takes 4 s, most of them asleep
 PARTS = 3
 _LIMIT_S = 900.0
 
@@ -48,7 +40,7 @@ class Story:
     ends: str
     """How the starts ended, as the run tells it; one that was killed tells nothing."""
     shards_again: int
-    """How often a shard was fetched again."""
+    """Shards whose images had been fetched, and were fetched again."""
     seconds: float
     identical: bool
 
@@ -56,16 +48,18 @@ class Story:
 class Scene:
     """One run in a folder of its own."""
 
-    def __init__(self, cluster: Slurm, name: str, work: Path):
-        self.cluster, self.name = cluster, name
+    def __init__(self, cluster: Slurm, name: str, work: Path, num_shards: int):
+        self.cluster, self.name, self.num_shards = cluster, name, num_shards
         self.folder = work / name
         self.out = self.folder / "run"
         self.jobs: list[str] = []
 
-    def submit(self, *options: str, executor: str = "inline") -> str:
+    def submit(self, *options: str, executor: str | None = "inline") -> str:
         """Schedules the run and submits its jobs; returns the first one."""
         self.folder.mkdir()
-        words = ["precompute", "--out", str(self.out), "--executor", executor, "--cpus", "1", *options, *SETTINGS]
+        settings = [*SETTINGS, *PACE, f"source.num_samples={8 * self.num_shards}"]
+        words = ["precompute", "--out", str(self.out), "--cpus", "1", *options, *settings]
+        words += [] if executor is None else ["--executor", executor]
         self.jobs = self.cluster.submit(words, self.folder)
         return self.jobs[0]
 
@@ -139,14 +133,44 @@ def array(scene: Scene) -> None:
     scene.finish()
 
 
+def cancelled(scene: Scene) -> None:
+    """Cancelled by its user, which holds; the same script, submitted again, goes on."""
+    job = scene.submit()
+    scene.wait_for_shards(2)
+    scene.cluster.call("scancel", job)
+    scene.cluster.wait("the end of the job", lambda: not scene.cluster.states(), _LIMIT_S)
+    assert scene.cluster.facts(job)["JobState"] == "CANCELLED"
+    scene.jobs.append(scene.cluster.call("sbatch", "--parsable", str(next(scene.folder.glob("*.sh")))))
+    scene.finish()
+
+
+def two_nodes(scene: Scene) -> None:
+    """Ray over both nodes; the job is put back into the queue."""
+    job = scene.submit("--nodes", "2", executor=None)
+    scene.wait_for_shards(2)
+    scene.cluster.call("scontrol", "requeue", job)
+    scene.finish()
+
+
+def in_containers(scene: Scene) -> None:
+    """In a step of `srun` as with Pyxis, whose options a stand-in leaves out; ended by the time limit."""
+    scene.submit("--container-image", "registry#pipeline:1", "--time", "1")
+    scene.finish()
+    noted = (scene.cluster.folder / "bin" / "containers").read_text().splitlines()
+    assert "--container-image=registry#pipeline:1" in noted
+    assert any(word.startswith(f"--container-mounts={scene.out}:{scene.out}") for word in noted), noted
+
+
 SCENES: dict[str, Callable[[Scene], None]] = {
-    scene.__name__: scene for scene in (undisturbed, preempted, node_lost, time_limit, array)
+    scene.__name__: scene
+    for scene in (undisturbed, preempted, node_lost, time_limit, array, cancelled, two_nodes, in_containers)
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scene", action="append", choices=SCENES, help="only this one; may be repeated")
+    parser.add_argument("--shards", type=int, default=10, help="of each run; at least 4")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
     if missing := slurm_missing():
@@ -156,21 +180,22 @@ def main() -> None:
     stories: list[Story] = []
     try:
         run = ("run", "precompute", "--executor", "inline", "--quiet", "--out", str(work / "reference"))
-        pipeline(*run, *SETTINGS, timeout_s=_LIMIT_S)
+        pipeline(*run, *SETTINGS, f"source.num_samples={8 * arguments.shards}", timeout_s=_LIMIT_S)
         reference = store_bytes(work / "reference")
         with slurm() as cluster:
             version = cluster.version()
             for name in arguments.scene or SCENES:
-                scene, began = Scene(cluster, name, work), time.perf_counter()
+                scene, began = Scene(cluster, name, work, arguments.shards), time.perf_counter()
                 SCENES[name](scene)
                 stories.append(scene.story(time.perf_counter() - began, reference))
                 print(stories[-1], flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     notes = [
-        f"Slurm {version}: slurmctld, munge and two slurmd on loopback; {SHARDS} shards of 8 images, paced at 2 a second",
-        f"{sum(story.starts for story in stories)} starts, {sum(story.requeued for story in stories)} jobs put back into "
-        f"the queue, {sum(not story.identical for story in stories)} stores that differ from the uninterrupted run's",
+        f"Slurm {version}: slurmctld, munge and two slurmd on loopback; {arguments.shards} shards of 8 images, "
+        "paced at 2 per s",
+        f"{sum(story.starts for story in stories)} starts, {sum(story.requeued for story in stories)} times a job was "
+        f"put back into the queue, {sum(not story.identical for story in stories)} stores differ",
     ]
     report("slurm", [asdict(story) for story in stories], {}, arguments.out, ["imagen-precompute", "ray"], notes)
     if not all(story.identical for story in stories):

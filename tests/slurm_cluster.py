@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _START_S = 60.0
 _REQUEUE_AFTER_S = 5  # by default Slurm starts a job that was put back after 120 s
@@ -104,10 +104,13 @@ class Slurm:
             time.sleep(0.3)
 
     def submit(self, words: Sequence[str], folder: Path) -> list[str]:
-        """Writes the files of `pipeline schedule WORDS` into a folder and submits them as it says; the jobs' ids."""
+        """Writes the files of `pipeline schedule WORDS` into a folder and submits them as it says; the jobs' ids, in
+        the order in which they run."""
         command = [sys.executable, "-m", "pipeline", "schedule", *words, "--kind", "slurm", "--write-to", str(folder)]
         *_, last = self.call(*command).splitlines()
-        return re.findall(r"Submitted batch job (\d+)", self.call("bash", "-c", last.removeprefix("install: "), cwd=folder))
+        told = self.call("bash", "-c", last.removeprefix("install: "), cwd=folder)
+        (job,) = re.findall(r"Submitted batch job (\d+)", told)
+        return [*re.findall(r"afterany:(\d+)", self.facts(job)["Dependency"]), job]
 
     def wait_for_end(self, job: str, timeout_s: float) -> dict[str, str]:
         """Waits until a job has ended for good; returns its facts."""
@@ -175,9 +178,11 @@ def _kill(pids: set[int]) -> bool:
 def slurm() -> Iterator[Slurm]:
     """A cluster that takes jobs; all its processes end with the context."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not in pytest's folder, whose path is too long for a socket
-    cluster = Slurm(folder, {**os.environ, "PATH": _PATH, "SLURM_CONF": f"{folder}/slurm.conf"}, {})
+    path = f"{folder}/bin:{Path(sys.executable).parent}:{_PATH}"
+    cluster = Slurm(folder, {**os.environ, "PATH": path, "SLURM_CONF": f"{folder}/slurm.conf"}, {})
     try:
         _configure(folder)
+        _write_stand_ins(folder / "bin")
         munge = [f"--{name}={folder}/munge.{name.removesuffix('-file')}" for name in _MUNGE]
         cluster.daemons["munge"] = _start(cluster.environment, folder, "munged", "-F", "--force", *munge)
         cluster.wait("munge", (folder / "munge.socket").exists, _START_S)
@@ -203,6 +208,24 @@ def _configure(folder: Path) -> None:
     ports = _free_ports()
     text = CONFIGURATION.format(folder=folder, user=getpass.getuser(), ports=ports, again_s=_REQUEUE_AFTER_S)
     (folder / "slurm.conf").write_text(text)
+
+
+def _write_stand_ins(folder: Path) -> None:
+    """Commands that jobs find first: a `hostname` that tells the loopback address, and an `srun` that has no Pyxis: it
+    notes the options of containers, and runs the command without."""
+    folder.mkdir()
+    real = {name: shutil.which(name, path=_PATH) for name in ("hostname", "srun")}
+    texts = {
+        "hostname": f'[ "$1" = -I ] && echo 127.0.0.1 || exec {real["hostname"]} "$@"',
+        "srun": f'''words=()
+for word in "$@"; do
+  case $word in --container-*) echo "$word" >>{folder}/containers ;; *) words+=("$word") ;; esac
+done
+exec {real["srun"]} "${{words[@]}}"''',
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
 
 
 def _free_ports() -> tuple[int, int, int]:

@@ -55,6 +55,7 @@ RUN_HERE = (
     "nightly.md",
     "evaluation.md",
     "scheduling.md",
+    "slurm.md",
     "export.md",
 )
 """Pages whose commands are run after README's, in this order."""

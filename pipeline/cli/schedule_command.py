@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.config_commands import ConfigFile, Overrides, WorkflowArg, build
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.deploy.schedule import Schedule
@@ -68,6 +69,8 @@ def schedule(
     from pipeline.deploy.slurm import SlurmOptions, local_paths
 
     chosen = build(workflow, config, overrides)
+    if array is not None and not getattr(chosen, "has_parts", False):
+        raise ConfigError(f"--array {array}: {workflow} has no parts; leave it out")
     wanted = Schedule(
         *(kind, workflow, config, out, tuple(overrides or ()), at, timezone, image, address, queue),
         folder=Path.cwd(),

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,7 @@ from pipeline.errors import (
     EXIT_USAGE,
     ConfigError,
 )
+from pipeline.executors.registry import EXECUTORS
 from pipeline.resources import Resources
 from pipeline.storage.credentials import check_no_credentials
 
@@ -63,8 +64,8 @@ class Schedule:
     """The working folder of the command, so that relative paths keep their meaning."""
     executor: str | None = None
     """As of `pipeline run`; default that of the workflow, or ray where it takes that."""
-    slurm: SlurmOptions = SlurmOptions()
-    needs: Resources = Resources()
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    needs: Resources = field(default_factory=Resources)
     """What the run can make use of on one machine."""
     paths: tuple[str, ...] = ()
     """Files and folders of this machine that the configuration names."""
@@ -196,7 +197,7 @@ def render(schedule: Schedule) -> dict[str, str]:
     if schedule.kind == "kuberay-cron":
         values["rayjob"] = environment.get_template("rayjob.yaml.j2").render(values, documents=False)
     return {
-        name.format(name=schedule.name): environment.get_template(template).render(values)
+        name: environment.get_template(template).render(values)
         for template, name in _templates(schedule, kind).items()
     }
 
@@ -232,8 +233,9 @@ def write_files(texts: Mapping[str, str], folder: Path) -> list[str]:
 
 
 def _templates(schedule: Schedule, kind: _Kind) -> dict[str, str]:
+    """Templates and the names of their files."""
     finish = {"slurm_finish.sh.j2": "{name}-finish.sh"} if schedule.slurm.array else {}
-    return {**kind.templates, **finish}
+    return {template: name.format(name=schedule.name) for template, name in {**kind.templates, **finish}.items()}
 
 
 def _check(schedule: Schedule) -> _Kind:
@@ -256,6 +258,8 @@ def _check(schedule: Schedule) -> _Kind:
         )
     if schedule.queue is not None and not _LABEL.fullmatch(schedule.queue):
         raise ConfigError(f"--queue {schedule.queue!r}: not the name of a LocalQueue; letters, digits, - _ and . only")
+    if schedule.executor is not None and schedule.executor not in EXECUTORS:
+        raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {schedule.executor!r})")
     for option in sorted(kind.needs):
         if options[option] is None:
             raise ConfigError(f"--{option}: needed for --kind {schedule.kind}, but not given; give it")
@@ -322,7 +326,7 @@ def _values(schedule: Schedule, kind: _Kind) -> dict[str, object]:
         "ray_version": version("ray"),
         "again": EXIT_PREEMPTED,
         "final": FINAL_EXIT_CODES,
-        "install": install_command(schedule, [name.format(name=schedule.name) for name in _templates(schedule, kind).values()]),
+        "install": install_command(schedule, list(_templates(schedule, kind).values())),
         "documents": True,
         **slurm,
     }
