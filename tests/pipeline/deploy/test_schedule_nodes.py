@@ -85,18 +85,12 @@ class Node:
         }
 
     def run(self, *codes: int, **environment: str) -> int:
-        self.codes(*codes)
-        return subprocess.run(
-            self.command, env={**self.environment, **environment}, timeout=60, check=False
-        ).returncode
+        return self.start(*codes, **environment).wait(60)
 
     def start(self, *codes: int | str, **environment: str) -> subprocess.Popen[bytes]:
-        self.codes(*codes)
-        return subprocess.Popen(self.command, env={**self.environment, **environment})
-
-    def codes(self, *codes: int | str) -> None:
-        """The exit codes of the runs; `wait` is one that waits for SIGTERM and ends with 75."""
+        """`codes` are those of the runs; `wait` is a run that waits for SIGTERM and ends with 75."""
         Path(f"{self.calls_file}.codes").write_text("".join(f"{code}\n" for code in codes))
+        return subprocess.Popen(self.command, env={**self.environment, **environment})
 
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
