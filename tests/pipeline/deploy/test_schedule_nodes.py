@@ -17,14 +17,15 @@ from tests.pipeline.deploy.test_schedule_clusters import OUT, VALUES
 
 STUBS = {
     "ray": """
+trap 'echo "ray ended" >>"$CALLS"; exit 0' TERM
 echo "ray $*" >>"$CALLS"
 echo "$RAY_AUTH_MODE $RAY_USAGE_STATS_ENABLED" >"$CALLS.environment"
 case "$*" in *--head*) ;; *) exit 1 ;; esac
-trap 'echo "ray ended" >>"$CALLS"; exit 0' TERM
 while :; do /bin/sleep 0.02; done
 """,
     "python": """
 cat >"$CALLS.python"
+until grep -q "^ray start" "$CALLS" && [ -s "$CALLS.environment" ]; do /bin/sleep 0.02; done
 echo "python $2 $3" >>"$CALLS"
 exit "${PYTHON_CODE:-0}"
 """,
