@@ -55,6 +55,9 @@ RUN_HERE = (
     "nightly.md",
     "evaluation.md",
     "scheduling.md",
+    "kubernetes.md",
+    "skypilot.md",
+    "dstack.md",
     "export.md",
 )
 """Pages whose commands are run after README's, in this order."""
