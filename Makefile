@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
 
-.PHONY: demo test test-slow check docs screenshot bench evidence cluster-evidence clean
+.PHONY: demo test test-slow check docs places screenshot bench evidence cluster-evidence clean
 
 demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, sample
 	$(BIN)/pipeline run precompute -c demo --out $(DEMO)
@@ -31,6 +31,9 @@ check: $(VENV)/.dev  ## style, types, and who may import whom
 
 docs: $(VENV)/.docs  ## build the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+places: $(VENV)/.dev  ## the packages of SkyPilot, dstack and Kubeflow read our files for them; needs a package index
+	$(BIN)/python -m benchmarks.places --work evidence-run/places
 
 screenshot: $(VENV)/.dev  ## the demo's samples in `pipeline browse`, for README; needs chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stages.browse.screenshot docs/browse.png
@@ -72,6 +75,7 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.buckets --work evidence-run/buckets --out benchmarks/results/buckets.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mixtures --work evidence-run/mixtures --out benchmarks/results/mixtures.json
 	$(BIN)/python -m benchmarks.resolve --out benchmarks/results/resolve.json
+	$(BIN)/python -m benchmarks.places --work evidence-run/places $(if $(CRDS),--crds $(CRDS)) --out benchmarks/results/places.json
 	$(BIN)/python -m benchmarks.input --earlier 1ec2329 --work evidence-run/input --out benchmarks/results/input.json
 	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json
 	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json

@@ -56,6 +56,9 @@ RUN_HERE = (
     "evaluation.md",
     "scheduling.md",
     "slurm.md",
+    "kubernetes.md",
+    "skypilot.md",
+    "dstack.md",
     "export.md",
 )
 """Pages whose commands are run after README's, in this order."""

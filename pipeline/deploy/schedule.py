@@ -253,8 +253,8 @@ def _check(schedule: Schedule) -> _Kind:
             raise ConfigError(f"--{option} {options[option]}: --kind {schedule.kind} cannot use it; leave it out")
     if kind.workflows and schedule.workflow not in kind.workflows:
         raise ConfigError(
-            f"{schedule.workflow}: --kind {schedule.kind} runs {', '.join(sorted(kind.workflows))} only; choose another "
-            "kind, such as kuberay"
+            f"{schedule.workflow}: --kind {schedule.kind} runs {', '.join(sorted(kind.workflows))} only; choose "
+            "another kind, such as kuberay"
         )
     if schedule.queue is not None and not _LABEL.fullmatch(schedule.queue):
         raise ConfigError(f"--queue {schedule.queue!r}: not the name of a LocalQueue; letters, digits, - _ and . only")

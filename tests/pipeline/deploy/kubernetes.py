@@ -245,18 +245,8 @@ class ReplicatedJob(Api):
 
 class FailureRule(Api):
     name: Annotated[str, Field(pattern=r"^[A-Za-z]([-_,:A-Za-z0-9]*[A-Za-z0-9_])?$", max_length=128)]
-    action: Literal[
-        "FailJobSet",
-        "RestartJobSet",
-        "RestartJobSetAndIgnoreMaxRestarts",
-        "RestartJob",
-        "RestartJobAndIgnoreMaxRestarts",
-    ]
-    onJobFailureReasons: list[
-        Literal[
-            "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"
-        ]
-    ]
+    action: Literal["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+    onJobFailureReasons: list[Literal["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"]]
 
 
 class FailurePolicy(Api):
@@ -401,7 +391,7 @@ Manifest = Annotated[
 
 
 def expanded(argument: str, **variables: str) -> str:
-    """An argument as its process gets it: Kubernetes takes `$$` for `$`, and `$(NAME)` for a variable of the container."""
+    """An argument as its process gets it: Kubernetes takes `$$` for `$`, and `$(NAME)` for one of the variables."""
     return re.sub(r"\$(\$|\(([^)]*)\))", lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]), argument)
 
 

@@ -1,4 +1,4 @@
-"""The manifests for Kueue, RayCronJob and Kubeflow Trainer: valid, and they run exactly the command that was asked for."""
+"""The manifests for Kueue, RayCronJob and Kubeflow Trainer: valid, and they run exactly the command asked for."""
 
 import shlex
 from typing import Any
@@ -132,11 +132,8 @@ GIVEN = [
 @pytest.mark.parametrize(("kind", "option"), GIVEN)
 def test_control_characters_reach_no_file_of_a_scheduler(kind: str, option: str) -> None:
     known = KINDS[kind]
-    needed = {name: "name" for name in known.needs - {"out"}}
+    needed = dict.fromkeys(known.needs - {"out"}, "name")
+    workflow = "train" if known.workflows else "precompute"
     value = {"out": "s3://b/r\x1b[2Jrun", "overrides": ("a=1\n",)}.get(option, "a\nb")
     with pytest.raises(ConfigError, match=r"control character|not the name of a LocalQueue"):
-        render(
-            Schedule(
-                kind, "train" if known.workflows else "precompute", **{"out": "s3://b/r", **needed, option: value}
-            )
-        )
+        render(Schedule(kind, workflow, **{"out": "s3://b/r", **needed, option: value}))

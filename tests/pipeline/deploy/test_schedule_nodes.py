@@ -17,14 +17,15 @@ from tests.pipeline.deploy.test_schedule_clusters import OUT, VALUES
 
 STUBS = {
     "ray": """
+trap 'echo "ray ended" >>"$CALLS"; exit 0' TERM
 echo "ray $*" >>"$CALLS"
 echo "$RAY_AUTH_MODE $RAY_USAGE_STATS_ENABLED" >"$CALLS.environment"
 case "$*" in *--head*) ;; *) exit 1 ;; esac
-trap 'echo "ray ended" >>"$CALLS"; exit 0' TERM
 while :; do /bin/sleep 0.02; done
 """,
     "python": """
 cat >"$CALLS.python"
+until grep -q "^ray start" "$CALLS" && [ -s "$CALLS.environment" ]; do /bin/sleep 0.02; done
 echo "python $2 $3" >>"$CALLS"
 exit "${PYTHON_CODE:-0}"
 """,
@@ -85,18 +86,12 @@ class Node:
         }
 
     def run(self, *codes: int, **environment: str) -> int:
-        self.codes(*codes)
-        return subprocess.run(
-            self.command, env={**self.environment, **environment}, timeout=60, check=False
-        ).returncode
+        return self.start(*codes, **environment).wait(60)
 
     def start(self, *codes: int | str, **environment: str) -> subprocess.Popen[bytes]:
-        self.codes(*codes)
-        return subprocess.Popen(self.command, env={**self.environment, **environment})
-
-    def codes(self, *codes: int | str) -> None:
-        """The exit codes of the runs; `wait` is one that waits for SIGTERM and ends with 75."""
+        """`codes` are those of the runs; `wait` is a run that waits for SIGTERM and ends with 75."""
         Path(f"{self.calls_file}.codes").write_text("".join(f"{code}\n" for code in codes))
+        return subprocess.Popen(self.command, env={**self.environment, **environment})
 
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
