@@ -46,10 +46,13 @@ def test_under_a_symmetric_run_of_two_machines_a_run_uses_both_and_makes_the_sam
     )
     code, said = run_on_two_machines(
         tmp_path / "m",
-        ["ray", "symmetric-run", "--address", head, "--min-nodes", "2", "--num-cpus=1", "--", "sh", "-c", script],
+        [
+            *("ray", "symmetric-run", "--address", head, "--min-nodes", "2"),
+            *("--num-cpus=1", "--object-store-memory=80000000", "--", "sh", "-c", script),
+        ],
         {"RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": "120", "RAY_AUTH_MODE": "disabled"},
     )
-    assert code == 0, "\n".join(said)
+    assert (code, (tmp_path / "doctor.json").is_file()) == (0, True), "\n".join(said)
     examined = json.loads((tmp_path / "doctor.json").read_text())
     assert (examined["address"], examined["fit"]) == (head, True), examined["checks"]
     assert {node["address"] for node in examined["nodes"]} == {f"{NETWORK}.1", f"{NETWORK}.2"}

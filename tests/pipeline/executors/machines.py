@@ -79,6 +79,7 @@ def run_on_two_machines(folder: Path, command: Sequence[str], variables: Mapping
     for name in ("bin", "ray1", "ray2"):
         (folder / name).mkdir(parents=True)
     (folder / "node.sh").write_text(_NODE)
+    (folder / "ray_bootstrap_config.yaml").write_text("{}\n")  # or a head asks which cloud it is in
     (folder / "bin" / "ray").write_text(f"#!{sys.executable}\n{_RAY}")
     (folder / "bin" / "ray").chmod(0o755)
     with TemporaryDirectory(prefix="ray") as ray_folder:
