@@ -15,7 +15,7 @@ from tests.runs import REPOSITORY, command, events, precompute, store_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-CONFIG = ["source.num_samples=96", "shard_size=8", "images.sizes_px=[16,32]"]
+CONFIG = ["source.num_samples=40", "shard_size=8", "images.sizes_px=[16]"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
         yield nodes
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_under_a_symmetric_run_of_two_machines_a_run_uses_both_and_makes_the_same_store(
     tmp_path: Path, alone: dict[str, bytes]
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_run_joins_the_cluster_of_ray_address(cluster: RayNodes, tmp_path: Pat
     assert store_bytes(out) == alone
     (node,) = {event["node"] for event in events(out) if event["event"] == "task"}
     listed = ran(cluster, "doctor", "--cluster", "--json", "--address", cluster.address)
-    assert node in listed.stdout, "it is the cluster's node"
+    assert str(node) in listed.stdout, "it is the cluster's node"
 
 
 def test_submit_asks_the_head_of_ray_address_where_jobs_are_taken(

@@ -100,7 +100,7 @@ def run_on_two_machines(folder: Path, command: Sequence[str], variables: Mapping
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
             check=False,
         )
     said = [(folder / f"{node}.log").read_text(errors="replace") for node in (1, 2)]
