@@ -176,6 +176,7 @@ def without_needless_processes() -> Iterator[None]:
 def _not_connected(address: str | None, why: str) -> str:
     """The message of a cluster that cannot be reached, or of a local Ray that cannot be started."""
     if address:
+        why = why.partition(". Note: ")[0]  # of a wrong token, with a paragraph of advice
         return (
             f"{named(address)}: cannot be reached ({why}); check the address and the token (RAY_AUTH_MODE, "
             "RAY_AUTH_TOKEN_PATH), or use --executor local"

@@ -122,9 +122,9 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(tmp_path: Path
     result = call(*arguments, "--out", "runs/one")
     assert result.code == 2
     assert "--out runs/one: every node must access it" in result.err
-    result = call("submit", "precompute", "--address", "head:8265", "--out", "/shared/run")
+    result = call("submit", "precompute", "--address", "head", "--out", "/shared/run")
     assert result.code == 2
-    assert "--address head:8265: must be the head's HTTP address" in result.err
+    assert "--address head: must be an address of the head: http://HOST:PORT where it takes jobs" in result.err
     result = call(*arguments, "--out", "/shared/run")
     assert result.code == 4
     assert "--address http://127.0.0.1:9: " in result.err
