@@ -22,6 +22,7 @@ from benchmarks.preemption_run import Driver, Images, config_of, lost_work, stor
 from pipeline.errors import EXIT_PREEMPTED
 from tests.network import forbid_outside_access
 
+_DELAY_S = 3.0  # of an image; so long that a run of 2,000 takes about as long as 63 kills
 _END_S = 1200.0  # until a run ends that nothing befalls any more
 _HEAD_S = 240.0  # until a driver ends whose head is lost
 _PATIENCE_S = 600.0  # until enough nodes are up
@@ -77,7 +78,7 @@ def kills(arguments: argparse.Namespace) -> dict[str, Any]:
     with Images(work, arguments.images, delay_s=0.0) as images:
         config = config_of(work, images, shard_size=4, workers=2)
         reference = uninterrupted(work / "reference", config)
-        images.delay_s = 2.0
+        images.delay_s = _DELAY_S
         images.forget()
         began = time.monotonic()
         with Clusters(work, arguments.nodes, chance) as clusters:
@@ -94,7 +95,7 @@ def kills(arguments: argparse.Namespace) -> dict[str, Any]:
             "nodes": arguments.nodes,
             "images": arguments.images,
             "shards": -(-arguments.images // 4),
-            "delay_s": 2.0,
+            "delay_s": _DELAY_S,
             **{f"killed_{kind}": actions.count(kind) for kind in ("node", "driver", "head")},
             "nodes_added": clusters.added,
             "seconds": round(time.monotonic() - began, 1),
@@ -138,6 +139,7 @@ class _Story:
             time.sleep(0.1)
 
     def act(self, action: str) -> None:
+        """Kills a node, the driver or the head; every second head is back, at the same address, before the driver ends."""
         print(f"{time.strftime('%X')} {action}: {self.driver.finished()} tasks done, {sorted(self.clusters.up)} up")
         if action == "node":
             self.clusters.kill_one()
@@ -148,12 +150,15 @@ class _Story:
         else:
             began = time.monotonic()
             self.clusters.kill_head()
+            if is_back := self.found["exit_75"] % 2 == 1:
+                self.clusters.start()
             code = self.driver.wait(_HEAD_S)
             assert code == EXIT_PREEMPTED, f"without its head the driver ended with {code}: {self.driver.said()}"
             self.found["exit_75"] += 1
             self.found["longest_end_s"] = max(self.found.get("longest_end_s", 0.0), round(time.monotonic() - began, 1))
             self.ends.append(time.time())
-            self.clusters.start()
+            if not is_back:
+                self.clusters.start()
             self._start()
 
     def finish(self) -> None:

@@ -1,6 +1,7 @@
 """A cluster of Ray nodes on this machine whose nodes, or whose head, are killed and started again."""
 
 import random
+import secrets
 import socket
 import threading
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Clusters:
         self._stack = ExitStack()
         self._threads: list[threading.Thread] = []
         self._failed: list[BaseException] = []
+        self._token = secrets.token_hex(32)
         with socket.socket() as free:  # a head that is started again has the same address
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -50,6 +52,7 @@ class Clusters:
         """Starts a head and all nodes."""
         self._clusters += 1
         self.nodes = self._stack.enter_context(ray_nodes(self.work / f"cluster-{self._clusters}"))
+        (self.nodes.folder / "token").write_text(self._token)
         self.nodes.start(_HEAD, f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
         for _ in range(self.wanted):
             self._in_background(self._start_node)
