@@ -6,7 +6,7 @@ Ray schedules and places; this file submits tasks, collects results, and follows
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 from pipeline.errors import PipelineError, first_line
@@ -92,7 +92,7 @@ class RayExecutor(Executor):
             time.sleep(min(timeout_s, _PAUSE_S))
             return []
         if time.monotonic() - self.refreshed > _REFRESH_S:
-            self._refresh(living_nodes())
+            self._refresh(self._living_nodes())
         if self.unconfirmed:
             timeout_s = min(timeout_s, _PAUSE_S)
         references = [*self.running, *(self.seeing.questions if self.seeing else ())]
@@ -160,7 +160,7 @@ class RayExecutor(Executor):
         for pool in self.pools.values():
             for worker in [worker for worker in pool.workers if worker.node in self.seeing.blind]:
                 pool.drop(worker)
-        self._refresh(living_nodes())
+        self._refresh(self._living_nodes())
 
     def withdraw(self) -> None:
         for pool in self.pools.values():
@@ -232,12 +232,16 @@ class RayExecutor(Executor):
             return TaskOutcome(request, error=f"its node was lost: {first_line(error)}", lost="node")
         if isinstance(error, RayActorError):
             assert worker is not None
-            left = {node.id for node in living_nodes()} - (self.seeing.blind.keys() if self.seeing else set())
+            left = {node.id for node in self._living_nodes()} - (self.seeing.blind.keys() if self.seeing else set())
             if error.preempted or worker.node not in left:
                 return TaskOutcome(request, error="its node was lost", lost="node", node=worker.node)
         if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError):
             return worker_lost(self.run, request, f"the worker died: {first_line(error)}")
         return TaskOutcome(request, error=f"Ray could not run the task: {first_line(error)}")
+
+    def _living_nodes(self) -> list[ClusterNode]:
+        with self.head.in_call() if self.head is not None else nullcontext():
+            return living_nodes()
 
     def _start(self) -> None:
         import ray

@@ -86,13 +86,15 @@ class RayNodes:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 180
-        last = "Ray runtime started" if self.address else "view the dashboard at"
+        has_dashboard = not self.address and "--include-dashboard=false" not in options
+        last = "view the dashboard at" if has_dashboard else "Ray runtime started"
         while last not in log.read_text():
             assert self.nodes[name].poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         if not self.address:
             self.address = (self.ray_folder / "ray_current_cluster").read_text().strip()
+        if has_dashboard:
             lines = [line for line in log.read_text().splitlines() if "RAY_API_SERVER_ADDRESS" in line]
             self.dashboard = lines[0].split("RAY_API_SERVER_ADDRESS='")[1].split("'")[0]
 

@@ -253,6 +253,34 @@ def test_a_head_is_lost_when_nobody_listens_and_back_when_somebody_does(monkeypa
         wait_until(lambda: ray_head._end.called)
 
 
+def test_a_head_that_is_back_as_another_cluster_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_head, "_EVERY_S", 0.01)
+    monkeypatch.setattr(ray_head, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(ray_head, "_end", mock.Mock())
+    found = mock.Mock(side_effect=[OSError("not ready"), "first", "second"])
+    monkeypatch.setattr(ray_head, "cluster_id", found)
+    head = socket.create_server(("127.0.0.1", 0))
+    address = "{}:{}".format(*head.getsockname())
+    with HeadWatch(address, own=False, cluster="first") as watch:
+        watch._thread.start()
+        head.close()
+        wait_until(lambda: watch.silent_s > 0)
+        with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))) as head:
+            wait_until(lambda: watch.silent_s == 0)
+            watch.check()
+        wait_until(lambda: watch.silent_s > 0)
+        watch.check()
+        with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+            wait_until(lambda: watch.is_another)
+            with pytest.raises(PreemptedError, match="was started again and knows nothing of this run.* same command"):
+                watch.check()
+            assert watch.silent_s > 0, "so that nothing is asked of it"
+            assert not ray_head._end.called
+            with watch.in_call():
+                wait_until(lambda: ray_head._end.called)
+    assert found.call_count == 3
+
+
 def wait_until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not done():

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,34 @@ def test_a_run_whose_own_head_is_killed_can_be_run_again(tmp_path: Path) -> None
     environment = {**os.environ, **guarded(REPOSITORY), "RAY_ADDRESS": ""}
     said = last_words(tmp_path / "run", None, environment, None)
     assert said.startswith("the head of the local Ray (gcs_server) has ended: killed, or out of memory. Finished work")
+
+
+def test_a_run_whose_head_is_started_again_at_the_same_address_can_be_run_again(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        head = ("head", f"--port={free.getsockname()[1]}", "--num-cpus=2", "--include-dashboard=false")
+    trace, toy = (
+        tmp_path / "trace",
+        {"num_shards": 6, "gate": str(tmp_path / "gate"), "trace": str(tmp_path / "trace")},
+    )
+    trace.mkdir()
+    with ray_nodes(tmp_path / "a") as first, ray_nodes(tmp_path / "b") as second:
+        (second.folder / "token").write_text(first.token)
+        first.start(*head)
+        command = [sys.executable, "-c", DRIVER, str(tmp_path / "run"), first.address, json.dumps({"toy": toy})]
+        with subprocess.Popen(command, env=first.environment, stderr=subprocess.PIPE, text=True) as driver:
+            assert driver.stderr is not None
+            deadline = time.monotonic() + 120
+            while not list(trace.glob("square-*")):
+                assert driver.poll() is None, driver.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            first.kill("head")
+            second.start(*head)
+            assert second.address == first.address
+            said = driver.stderr.read()
+    assert driver.returncode == EXIT_PREEMPTED, said
+    assert "run the same command again" in said.splitlines()[-1]
 
 
 def test_a_run_on_a_cluster_whose_head_is_killed_can_be_run_again(tmp_path: Path) -> None:
