@@ -240,8 +240,8 @@ def test_many_events_are_read_over_several_looks_each_once(run: RunFolder, monke
     assert views[-1].stages[1].rows == 24
 
 
-def part_event(run: RunFolder, part: int, event: str, at: float, **fields: object) -> None:
-    folder = run.root / f"parts/{part:05d}"
+def part_event(run: RunFolder, number: int, event: str, at: float, /, **fields: object) -> None:
+    folder = run.root / f"parts/{number:05d}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"time": at, "event": event, **fields}) + "\n")
