@@ -2,9 +2,9 @@
 
     python -m benchmarks.parts --out benchmarks/results/parts.json
 
-Each part is a process of its own with the real precompute, its source, scheduler, ledger and leases; only the executor is
-simulated: its workers commit records and (empty) files and take no time. Limits: 300 MiB for a driver, 10 s to its first
-task, 60 s for `pipeline finish`.
+Each part is a process of its own with the real precompute, its source, scheduler, ledger and leases; only the executor
+is simulated: its workers commit records and (empty) files and take no time. Limits: 300 MiB for a driver, 10 s to its
+first task, 60 s for `pipeline finish`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from workflows.precompute import Precompute, PrecomputeConfig
 FILES, SHARD = 100, 1000
 MOST_MIB, MOST_START_S, MOST_FINISH_S = 300, 10, 60
 NOTES = [
-    "a list of URLs and captions in 100 Parquet files; a row group of 65,536 rows; shards of 1,000 rows; four files per "
+    "a list of URLs and captions in 100 Parquet files, in row groups of 65,536; shards of 1,000 rows; four files per "
     "shard (samples and three sizes of images), no encoder",
     "start_s: from the start of a driver's process to its first task: imports, configuration, division, digests; the "
     "first driver counts the rows, by footers",
@@ -63,7 +63,8 @@ def main() -> None:
             drivers = list(threads.map(lambda part: in_process(folder, part), parts))
         worked = time.perf_counter()
         finished = in_process(folder, "")
-    assert finished["samples"] == args.rows and finished["shards"] == -(-args.rows // SHARD)
+    assert finished["samples"] == args.rows
+    assert finished["shards"] == -(-args.rows // SHARD)
     row = {
         "rows": args.rows,
         "parts": args.parts,
@@ -96,7 +97,9 @@ def write_source(folder: Path, rows: int) -> None:
     for number, first in enumerate(range(0, rows, each)):
         numbers = range(first, min(first + each, rows))
         urls = pa.array([f"https://images.example.com/{index:09d}.jpg" for index in numbers])
-        captions = pa.array([f"a photograph of scene {index * 7919 % rows:,} in the evening light" for index in numbers])
+        captions = pa.array(
+            [f"a photograph of scene {index * 7919 % rows:,} in the evening light" for index in numbers]
+        )
         table = pa.table({"url": urls, "caption": captions})
         pq.write_table(table, folder / f"{number:05d}.parquet", row_group_size=65_536)
 
@@ -120,8 +123,8 @@ def driver(folder: Path, part: str, began: float) -> dict[str, float]:
     """Runs one part, and leaves the rest to `finish`."""
     made, cluster = workflow(folder), Cluster(folder / "run")
     with (
-        mock.patch("pipeline.engine.parts.make_executor", lambda *_: cluster),
-        mock.patch("pipeline.engine.parts._finish_if_last", lambda *_: None),
+        mock.patch("pipeline.engine.parts.make_executor", return_value=cluster),
+        mock.patch("pipeline.engine.parts._finish_if_last", return_value=None),
     ):
         summary = made.run(str(folder / "run"), RunOptions("inline", quiet=True, part=Part.parse(part)))
     assert summary["outcome"] == "finished"

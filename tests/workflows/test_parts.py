@@ -67,11 +67,14 @@ def test_parts_in_another_order_make_the_store_and_the_sums_of_one_driver(whole:
     out = tmp_path / "run"
     first = run_part(out, "3/3")
     assert (first["part"], first["shards"], first["missing"]) == ("3/3", [[4, 7]], "1-2 (never came)")
-    assert first["tally"]["shards"] == 3 and "num_samples" not in first
-    assert not (out / "store/manifest.json").exists() and not (out / "summary.json").exists()
+    assert first["tally"]["shards"] == 3
+    assert "num_samples" not in first
+    assert not (out / "store/manifest.json").exists()
+    assert not (out / "summary.json").exists()
     assert run_part(out, "1/3")["missing"] == "2 (never came)"
     last = run_part(out, "2/3")
-    assert "part" not in last and last == json.loads((out / "summary.json").read_text())
+    assert "part" not in last
+    assert last == json.loads((out / "summary.json").read_text())
     assert store_bytes(out) == store_bytes(whole)
     one = json.loads((whole / "summary.json").read_text())
     for name in ("tally", "num_samples", "outcome", "groups_in_store"):
@@ -87,7 +90,8 @@ def test_each_driver_writes_events_of_its_own(tmp_path: Path) -> None:
     shards: list[set[int]] = []
     for number in (1, 2):
         lines = [json.loads(line) for line in (out / f"parts/{number:05d}/events.jsonl").read_text().splitlines()]
-        assert lines[0]["part"] == f"{number}/2" and lines[-1]["event"] == "run_ended"
+        assert lines[0]["part"] == f"{number}/2"
+        assert lines[-1]["event"] == "run_ended"
         shards.append({line["shard"] for line in lines if line["event"] == "task"})
     assert shards == [{0, 1, 2}, {3, 4, 5, 6}]
 
@@ -200,7 +204,8 @@ def test_what_parts_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     ]
     for options, message in refused:
         done = call("run", "precompute", "--out", str(out), "--executor", "inline", "--quiet", *SMALL, *options)
-        assert done.code == 2 and re.search(message, done.err), done
+        assert done.code == 2, done
+        assert re.search(message, done.err), done
     assert parts_of(out)["done"] == 1
 
 
@@ -216,7 +221,9 @@ def test_workflows_without_parts_refuse_them(tmp_path: Path, whole: Path) -> Non
 
 
 def test_limits_on_requests_are_refused_with_parts(tmp_path: Path) -> None:
-    captioner = "captioners=[{name: long, kind: openai, base_url: http://127.0.0.1:1, model: m, max_requests: 5, prompt: p}]"
+    captioner = (
+        "captioners=[{name: long, kind: openai, base_url: http://127.0.0.1:1, model: m, max_requests: 5, prompt: p}]"
+    )
     with pytest.raises(ConfigError, match=r"--part 1/2: captioners\.long\.max_requests holds for one driver"):
         run_part(tmp_path / "run", "1/2", *SMALL, captioner)
 
@@ -261,7 +268,8 @@ def test_drops_of_all_parts_are_retried_by_a_run_of_all(tmp_path: Path) -> None:
         run_part(out, part)
     options = RunOptions("inline", quiet=True, retry_dropped=("http_404",))
     summary: dict[str, Any] = workflow(*SMALL).run(str(out), options)
-    assert summary["tally"]["shards"] == 8 and summary["num_samples"] == 19
+    assert summary["tally"]["shards"] == 8
+    assert summary["num_samples"] == 19
     with pytest.raises(ConfigError, match="has rounds of --retry-dropped, which belong to no part"):
         run_part(out, "1/2")
 
@@ -278,9 +286,10 @@ def test_shards_that_fail_are_named_by_their_part_and_left_out_of_the_manifest(
 
     once = (*SMALL, "execution.max_attempts=1", "execution.give_up_after_shards=3")
     run_part(out, "1/2", *once)
-    with monkeypatch.context() as patch, pytest.raises(PipelineError, match="1 of 7 shards failed") as caught:
-        patch.setattr(ResizeStage, "process", process)
+    monkeypatch.setattr(ResizeStage, "process", process)
+    with pytest.raises(PipelineError, match="1 of 7 shards failed") as caught:
         run_part(out, "2/2", *once)
+    monkeypatch.setattr(ResizeStage, "process", honest)
     assert caught.value.exit_code == 3
     assert json.loads((out / "summary.json").read_text())["num_samples"] == 16
     assert list((out / "quarantine/failed").iterdir()) == [out / "quarantine/failed/resize-00005.txt"]
@@ -292,7 +301,14 @@ def test_duplicates_are_found_over_all_parts(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_images(data, "a", ["aa", "ab", "ac"])
     write_images(data, "b", ["aa", "ad", "ae"])
-    settings = ("max_drop_fraction=1", "source.kind=folder", f"source.path={data}", "shard_size=2", "images.sizes_px=[16]", "encoders=[]")
+    settings = (
+        "max_drop_fraction=1",
+        "source.kind=folder",
+        f"source.path={data}",
+        "shard_size=2",
+        "images.sizes_px=[16]",
+        "encoders=[]",
+    )
     settings = (*settings, "duplicates=drop")
     precompute(tmp_path / "one", *settings)
     for part in ("2/3", "1/3"):
@@ -417,7 +433,9 @@ def test_another_number_of_parts_may_add_to_a_finished_run(tmp_path: Path) -> No
 
 
 def start(out: str, part: str, *overrides: str) -> subprocess.Popen[bytes]:
-    arguments = command("run", "precompute", "--out", out, "--executor", "local", "--quiet", "--part", part, *overrides)
+    arguments = command(
+        "run", "precompute", "--out", out, "--executor", "local", "--quiet", "--part", part, *overrides
+    )
     return subprocess.Popen(
         arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True
     )
@@ -425,7 +443,13 @@ def start(out: str, part: str, *overrides: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_parts_at_once_that_are_killed_again_and_again_make_the_same_store(tmp_path: Path) -> None:
-    settings = ("source.num_samples=240", "shard_size=4", "images.sizes_px=[16]", "encoders=[]", "execution.num_cpus=1")
+    settings = (
+        "source.num_samples=240",
+        "shard_size=4",
+        "images.sizes_px=[16]",
+        "encoders=[]",
+        "execution.num_cpus=1",
+    )
     precompute(tmp_path / "one", *settings)
     out, chance = tmp_path / "run", random.Random(0)
     running = {part: start(str(out), f"{part}/3", *settings) for part in (1, 2, 3)}
@@ -442,11 +466,13 @@ def test_parts_at_once_that_are_killed_again_and_again_make_the_same_store(tmp_p
             running[victim].wait()
             running[victim] = start(str(out), f"{victim}/3", *settings)
             kills += 1
-    assert not running and kills >= 3
+    assert not running
+    assert kills >= 3
     assert store_bytes(out) == store_bytes(tmp_path / "one")
-    assert not [path for path in out.rglob(".tmp-*")]
+    assert not list(out.rglob(".tmp-*"))
     division = read_division(RunFolder(str(out)))
-    assert division is not None and division.finished
+    assert division is not None
+    assert division.finished
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,8 @@ def test_drivers_of_parts_are_watched_as_one_run_and_a_later_run_of_all_as_anoth
             record(run, group, part)
     view = watch.look()
     assert (view.total_shards, view.started, view.executor) == (5, 101.0, "ray")
-    assert [stage.done for stage in view.stages] == [2, 2] and view.stages[1].rows == 16
+    assert [stage.done for stage in view.stages] == [2, 2]
+    assert view.stages[1].rows == 16
     write_event(run, "run_started", 200.0, workflow="precompute", executor="local", shards=5)
     part_event(run, 1, "task_failed", 201.0, stage="resize", shard=1, error="late")
     view = watch.look()

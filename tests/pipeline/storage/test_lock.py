@@ -378,6 +378,6 @@ def test_a_run_of_all_takes_dead_parts_over_and_they_stop(run: RunFolder) -> Non
         with run.lock(take_over=True) as lease:
             lease.check()
             assert lock.leases_of_parts(run.storage) == []
-        with pytest.raises(LockedError, match="parts/00007.lease.json is gone"):
+        with pytest.raises(LockedError, match=r"parts/00007\.lease\.json is gone"):
             of_part.check()
     assert run.storage.version(name) is None
