@@ -1,11 +1,13 @@
 """`pipeline run --part K/N`: many drivers, one store, which is that of one driver, byte for byte."""
 
+import io
 import json
 import os
 import random
 import re
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -384,6 +386,23 @@ def test_where_only_rows_tell_the_shards_the_first_driver_reads_all_and_the_stor
         run_part(tmp_path / "run", part, *settings)
     last = run_part(tmp_path / "run", "2/3", *settings)
     assert last.get("filtered") == one.get("filtered")
+    assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "one")
+
+
+def test_parts_of_tars_make_the_store_of_one_driver(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        with tarfile.open(data / f"{number}.tar", "w") as archive:
+            for place in range(5):
+                info = tarfile.TarInfo(f"{place}.png")
+                info.size = len(image := plain_png((number, place, 9)))
+                archive.addfile(info, io.BytesIO(image))
+    settings = of_parquet(data, "source.kind=webdataset", "source.caption_column=null", "shard_size=4")
+    precompute(tmp_path / "one", *settings)
+    for part in ("2/2", "1/2"):
+        run_part(tmp_path / "run", part, *settings)
+    assert (tmp_path / "run/input/counted.jsonl").exists()
     assert store_bytes(tmp_path / "run") == store_bytes(tmp_path / "one")
 
 
