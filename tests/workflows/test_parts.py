@@ -203,6 +203,7 @@ def test_what_parts_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         (("--part", "0/3"), "give K/N"),
         (("--part", "4/3"), "give K/N"),
         (("--part", "x"), "give K/N"),
+        (("--part", "2/3", "--dry-run"), "--dry-run shows all of the run"),
     ]
     for options, message in refused:
         done = call("run", "precompute", "--out", str(out), "--executor", "inline", "--quiet", *SMALL, *options)
