@@ -43,12 +43,13 @@ class Token:
 
     @classmethod
     def write(cls, run: RunFolder, *, alone: bool = True) -> "Token":
-        """Writes a new token, and deletes those of killed drivers; not if this process is not `alone` in the folder,
-        as a run has it."""
+        """Writes a new token, and deletes those of killed drivers, of parts only those of the same part; not if this
+        process is not `alone` in the folder, as a run has it."""
+        owner = run.storage.owner
         for name, _ in list(run.storage.entries()) if alone else ():
-            if name.startswith(_FOLDER):
+            if name.startswith(_FOLDER + owner):
                 run.storage.delete_folder(name)
-        token = cls(run, uuid.uuid4().hex[:16])
+        token = cls(run, owner + uuid.uuid4().hex[:16])
         run.storage.write_text(token._name(_DRIVER), token.value)
         return token
 
