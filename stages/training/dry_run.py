@@ -48,16 +48,7 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
     dim, num_layers = denoiser.network.text_dim, denoiser.network.num_text_layers
     token_bytes = [2 * math.prod(shape) for shape in denoiser.network.text_shapes]
     per_token = dict(zip(config.texts, token_bytes, strict=True)) if isinstance(config.text, tuple) else None
-    sizes = stored_sizes(config)
-    needed = [f"images-{size}" for size in sizes]
-    encoders = [*([] if online else config.texts), *([config.text_embed] if config.text_embed else [])]
-    needed += [text_group(encoder) for encoder in encoders]
-    for name in sets:
-        needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
-    needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
-    needed += [array_group(name) for name in config.condition_images]
-    needed += [array_group(config.alignment.encoder)] if config.alignment else []
-    image_bytes = sum(3 * size * size for size in sizes)
+    image_bytes = sum(3 * size * size for size in stored_sizes(config))
     return {
         "parameters": memory.weights // 4 - (trained if config.lora is not None else 0),
         **({} if config.lora is None else {"adapter_parameters": trained}),
@@ -76,13 +67,26 @@ def dry_run_summary(config: TrainConfig, *, online: bool = False) -> Mapping[str
             for step in {0, min(config.optimizer.warmup_steps, config.num_steps - 1)}
         ),
         "samples_seen": config.num_steps * config.batch_size,
-        "store_groups_needed": needed,
+        "store_groups_needed": _needed_groups(config, sets, online=online),
         "text_dim_needed": dim,
         **({} if num_layers is None else {"text_layers_needed": num_layers}),
         "image_bytes_per_sample": image_bytes,
         "text_bytes_per_token_float16": None if dim is None or online else per_token or token_bytes[0],
         **_named(config, state),
     }
+
+
+def _needed_groups(config: TrainConfig, sets: Sequence[str], *, online: bool) -> list[str]:
+    """Groups of the store that are read; `sets`: the further sets of captions."""
+    needed = [f"images-{size}" for size in stored_sizes(config)]
+    encoders = [*([] if online else config.texts), *([config.text_embed] if config.text_embed else [])]
+    needed += [text_group(encoder) for encoder in encoders]
+    for name in sets:
+        needed += [captions_group(name), *(text_group(encoder, name) for encoder in encoders)]
+    needed += [f"image-embed-{config.image_embed}"] if config.image_embed else []
+    needed += [array_group(name) for name in config.condition_images]
+    needed += [array_group(config.alignment.encoder)] if config.alignment else []
+    return needed
 
 
 def _projector_parameters(config: TrainConfig, *, online: bool) -> int | None:
