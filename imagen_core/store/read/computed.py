@@ -39,8 +39,8 @@ class Computed(NamedTuple):
 
 def computed_columns(manifest: Manifest, caption_sets: Sequence[str]) -> dict[str, Computed]:
     """The columns by name: `caption_tokens.SET.ENCODER`, the tokens of the longest caption that a sample has of a set;
-    `caption_tokens.SET` where one encoder has encoded the set; encoders that make one vector of a caption do not count;
-    and arrays that are numbers.
+    `caption_tokens.SET` where one encoder has encoded the set; and arrays that are numbers. Encoders that make one
+    vector of a caption do not count.
 
     Args:
         caption_sets: of the store, that of `samples` first.
