@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast
 from pydantic import Field
 
 from imagen_core.far import StorageError
-from pipeline.errors import ConfigError, storage_error
+from pipeline.errors import ConfigError, MachineError, storage_error
 from pipeline.fingerprint import digest
 from pipeline.stage import note_progress
 from pipeline.storage.files import file_digest
@@ -48,8 +48,8 @@ class TableCaptionerConfig(CaptionerConfig):
         """Errors about a source, as ones about this table."""
         try:
             yield
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("source.", f"captioners.{self.name}.", 1)) from error
+        except (ConfigError, MachineError) as error:
+            raise type(error)(str(error).replace("source.", f"captioners.{self.name}.", 1)) from error
         except StorageError as error:
             raise type(storage_error(error))(f"captioners.{self.name}.path: {error}") from error
         except OSError as error:

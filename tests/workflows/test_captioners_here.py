@@ -201,6 +201,19 @@ def test_a_worker_that_finds_another_model_than_the_driver_ends_the_run(model: P
         stage.setup(RunFolder(str(tmp_path / "run")))
 
 
+def test_workers_are_one_for_each_gpu_unless_said_otherwise(model: Path, tmp_path: Path) -> None:
+    for settings, expected in (
+        ({"num_gpus": None}, (0, 1.0, None)),
+        ({"num_gpus": 0.5, "workers": 4, "num_cpus": 2}, (4, 2.0, 0.5)),
+    ):
+        given = yaml.safe_load(captioner(model, **settings).partition("=")[2])
+        stages = (
+            Precompute(PrecomputeConfig.model_validate({"captioners": given})).plan(RunFolder(str(tmp_path))).stages
+        )
+        (stage,) = (each for each in stages if isinstance(each, MakeCaptionsStage))
+        assert (stage.max_workers, stage.resources.num_cpus, stage.resources.num_gpus) == expected
+
+
 def test_a_model_that_is_no_describer_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"captioners\.short\.model: .*/absent is not a folder"):
         precompute(tmp_path / "run", *SMALL, captioner(tmp_path / "absent"))

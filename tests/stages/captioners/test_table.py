@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MachineError
 from stages.captioners.table import CaptionTable, TableCaptionerConfig
 
 ROWS = {"a": "one", "b": "two, three", "c/d.png": 'a "quoted" word', "7": "seven"}
@@ -133,6 +133,15 @@ def test_a_parquet_column_of_another_type_is_refused(tmp_path: Path) -> None:
 def test_a_table_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"captioners\.t\.path: {tmp_path}/absent.csv does not exist"):
         found(tmp_path / "absent.csv", [])
+
+
+def test_a_url_whose_package_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str, *_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("stages.sources.files.open_far", missing)
+    with pytest.raises(MachineError, match=r"captioners\.t\.path: s3://b/t\.csv cannot be opened: Install s3fs"):
+        table("s3://b/t.csv").check()
 
 
 def test_a_table_behind_a_url_is_read_as_a_local_one(tmp_path: Path) -> None:
