@@ -94,7 +94,7 @@ class ServerCaptioner:
             timeout=aiohttp.ClientTimeout(total=self.config.timeout_s, sock_connect=_CONNECT_S),
         )
         weakref.finalize(self, _close, self._loop, self.session)
-        self._places = asyncio.Semaphore(self.config.max_in_flight)
+        self._sending = asyncio.Semaphore(self.config.max_in_flight)
         self._last_answer = self._loop.time()
 
     def answers(self, next_question: NextQuestion) -> Iterator[tuple[Question, Answer]]:
@@ -146,7 +146,7 @@ class ServerCaptioner:
 
         async def work() -> None:
             try:
-                async with self._places:
+                async with self._sending:
                     result: Any = await self.ask(data)
             except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for the answer
                 result = error
