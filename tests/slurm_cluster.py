@@ -72,7 +72,7 @@ class Slurm:
     def call(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
         """What a command of Slurm prints."""
         done = subprocess.run(
-            words, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            words, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=280, check=False
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -179,7 +179,8 @@ def slurm() -> Iterator[Slurm]:
     """A cluster that takes jobs; all its processes end with the context."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not in pytest's folder, whose path is too long for a socket
     path = f"{folder}/bin:{Path(sys.executable).parent}:{_PATH}"
-    cluster = Slurm(folder, {**os.environ, "PATH": path, "SLURM_CONF": f"{folder}/slurm.conf"}, {})
+    further = {"PATH": path, "SLURM_CONF": f"{folder}/slurm.conf", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    cluster = Slurm(folder, {**os.environ, **further}, {})  # with the last one Ray listens on loopback only
     try:
         _configure(folder)
         _write_stand_ins(folder / "bin")
