@@ -51,6 +51,7 @@ bench: $(VENV)/.dev  ## measure, and rewrite the table in benchmarks/README.md
 	$(BIN)/python -m benchmarks.download --out benchmarks/results/download.json
 	$(BIN)/python -m benchmarks.plan --out benchmarks/results/plan.json
 	$(BIN)/python -m benchmarks.simulate --out benchmarks/results/simulate.json
+	$(BIN)/python -m benchmarks.parts --out benchmarks/results/parts.json
 	$(BIN)/python -m benchmarks.export --out benchmarks/results/export.json
 	$(BIN)/python -m benchmarks.table
 

@@ -148,6 +148,8 @@ def run_job(workflow: JobWorkflow, out: str, options: RunOptions) -> Summary:
         KeyboardInterrupt: stopped by Ctrl-C.
         PipelineError: what `work` raises.
     """
+    if options.part is not None:
+        raise ConfigError(f"--part {options.part}: {workflow.name} has no parts; leave it out")
     keep_freed_memory()
     run = RunFolder(out)
     if not _is_follower():
@@ -179,8 +181,6 @@ def _is_follower() -> bool:
 
 def _execute(workflow: JobWorkflow, job: Job) -> Summary:
     run, started = job.run, time.perf_counter()
-    if job.options.part is not None:
-        raise ConfigError(f"--part {job.options.part}: {workflow.name} has no parts; leave it out")
     if job.options.retry_dropped:
         raise ConfigError(f"--retry-dropped: {workflow.name} drops no samples; leave it out")
     storage = run.storage

@@ -129,6 +129,8 @@ def run(
 ) -> None:
     """Run a workflow. The same command again resumes it."""
     if dry_run:
+        if part is not None:
+            raise ConfigError(f"--part {part}: --dry-run shows all of the run; leave one out")
         shown = partial(plan, workflow, overrides, config, out, executor, check_input=check_input, as_json=as_json)
         _dry_run(shown, restart, as_json)
         return

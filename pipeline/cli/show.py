@@ -179,6 +179,9 @@ def show_status(result: Mapping[str, Any]) -> None:
         print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:
         show_values(result["metrics"])
+    if parts := result.get("parts"):
+        missing = f"; {parts['missing']}" if parts["missing"] else ""
+        print(f"parts: {parts['done']} of {parts['parts']} done{missing}")
     state = "running" if result["running"] else result["outcome"] or "not finished; run the same command again"
     print(f"{result['workflow']}: {state}")
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from pipeline.engine.division import view_parts
 from pipeline.errors import ConfigError
 from pipeline.storage.lock import is_running
 from pipeline.storage.run_folder import METRICS, PLAN, SUMMARY, RunFolder
@@ -18,6 +19,7 @@ def run_status(place: str) -> dict[str, object]:
     plan, summary = run.read_engine_file(PLAN), run.read_engine_file(SUMMARY)
     if plan is None:
         raise ConfigError(f"{place}: not a run folder (no plan.json); give the --out of a `pipeline run`")
+    parts = view_parts(run)
     with run.indexed():
         groups = {
             name: _group_status(run, name)
@@ -32,6 +34,7 @@ def run_status(place: str) -> dict[str, object]:
         "outcome": summary.get("outcome") if summary else None,
         **({"filtered": summary["filtered"]} if summary and summary.get("filtered") else {}),
         "groups": groups,
+        **({"parts": {**parts.to_json(), "missing": parts.missing_text()}} if parts is not None else {}),
         "metrics": _newest_metrics(run),
     }
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.engine.division import view_parts
 from pipeline.engine.rates import Bins, RecentTasks
 from pipeline.engine.retries import retried_reasons
 from pipeline.engine.run_view import (
@@ -28,7 +29,7 @@ from pipeline.engine.run_view import (
 )
 from pipeline.errors import ConfigError
 from pipeline.storage import LocalStorage
-from pipeline.storage.events import EventReader, ReplacedError
+from pipeline.storage.events import EventReader, ReplacedError, event_folders_of_parts
 from pipeline.storage.lock import is_running
 from pipeline.storage.record import shard_name
 from pipeline.storage.run_folder import PLAN, RunFolder
@@ -74,7 +75,7 @@ class _Shards:
 
 @dataclass(slots=True)
 class _Latest:
-    """What the latest run of the folder did."""
+    """What the latest run of the folder did; of one with parts, what the drivers of all parts did."""
 
     executor: str = ""
     started: float | None = None
@@ -88,6 +89,8 @@ class _Latest:
     recent: dict[str, RecentTasks] = field(default_factory=dict)
     nodes: dict[str, NodeView] = field(default_factory=dict)
     failures: deque[FailedTry] = field(default_factory=lambda: deque(maxlen=_MOST_FAILURES))
+    parts: dict[str, int] | None = None
+    """Shards of each part that has begun; None of a run without parts."""
 
 
 class RunWatch:
@@ -104,7 +107,9 @@ class RunWatch:
         self._start()
 
     def _start(self) -> None:
-        self._reader = EventReader(self.run.storage)
+        self._readers = {"": EventReader(self.run.storage)}
+        """Of the events of the run, and of those of each part."""
+        self._parts_at = 0.0
         self._groups: dict[str, _Shards] = {}
         self._latest = _Latest()
         self._damaged: set[tuple[str, int]] = set()
@@ -144,25 +149,35 @@ class RunWatch:
         return self._view(plan, set(lasting), running)
 
     def _read_events(self) -> None:
-        until = time.monotonic() + _EVENTS_S
+        now = time.monotonic()
+        until, is_far = now + _EVENTS_S, not isinstance(self.run.storage, LocalStorage)
+        with_parts = now >= self._parts_at
+        if with_parts:
+            self._parts_at = now + (_LISTED_FAR_S if is_far else 0.0)
+            for part, folder in event_folders_of_parts(self.run.storage).items():
+                self._readers.setdefault(part, EventReader(folder))
         self._is_behind = False
-        for event in self._reader.new():
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a damaged line that is JSON all the same
-                self._take(event)
-            if time.monotonic() > until:
-                self._is_behind = True
-                return
+        for part, reader in self._readers.items():
+            for event in reader.new() if with_parts or not part else ():
+                # a damaged line may be JSON all the same
+                with suppress(KeyError, TypeError, ValueError, AttributeError):
+                    self._take(event, part)
+                if time.monotonic() > until:
+                    self._is_behind = True
+                    self._parts_at = 0.0
+                    return
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _take(self, event: dict[str, Any], part: str = "") -> None:
         kind, latest = event.get("event"), self._latest
         if kind == "run_started":
-            total = event.get("shards")
-            self._latest = latest = _Latest(executor=str(event.get("executor") or ""), started=float(event["time"]))
-            latest.total = int(total) if total is not None else None
-        elif kind == "run_ended":
+            self._begin(event, part)
+            latest = self._latest
+        if part and latest.parts is None:  # of parts before the latest run, which was one of all
+            latest = _Latest()
+        if kind == "run_ended":
             latest.outcome = str(event["outcome"])
         elif kind == "task":
-            self._take_task(event)
+            self._take_task(event, latest)
         elif kind == "task_failed":
             latest.failed[str(event["stage"])] += 1
             latest.failures.append(
@@ -176,11 +191,23 @@ class RunWatch:
                 )
             )
         if "time" in event:
-            latest.last = float(event["time"])
+            latest.last = max(float(event["time"]), latest.last or 0.0)
 
-    def _take_task(self, event: dict[str, Any]) -> None:
+    def _begin(self, event: dict[str, Any], part: str) -> None:
+        """Takes the start of a run; the drivers of parts that come after the last run of all are one run together."""
+        total, at, latest = event.get("shards"), float(event["time"]), self._latest
+        if not part or (latest.parts is None and at > (latest.started or 0.0)):
+            self._latest = latest = _Latest(executor=str(event.get("executor") or ""), started=at)
+            latest.total = int(total) if total is not None else None
+            latest.parts = {} if part else None
+        if latest.parts is not None:
+            latest.parts[part] = int(total or 0)
+            latest.total = sum(latest.parts.values())
+            latest.started = min(at, latest.started or at)
+
+    def _take_task(self, event: dict[str, Any], latest: _Latest) -> None:
         stage, shard, at = str(event["stage"]), int(event["shard"]), float(event["time"])
-        seconds, node, latest = float(event["seconds"]), event.get("node"), self._latest
+        seconds, node = float(event["seconds"]), event.get("node")
         for name, group in event["groups"].items():
             drops, before = dict(group["drops"]), dict(group.get("found_before", {}))
             self._groups.setdefault(name, _Shards()).put(shard, int(group["rows"]), drops, before)
@@ -233,6 +260,8 @@ class RunWatch:
             state = RUNNING
         elif self._is_behind:
             state = READING
+        elif latest.parts is not None and (parts := view_parts(self.run)) is not None and parts.missing:
+            state = f"parts are missing: {parts.missing_text()}"
         else:
             state = latest.outcome or (INTERRUPTED if latest.started else "not started")
         drops = self._drops(plan, groups)

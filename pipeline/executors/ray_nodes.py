@@ -41,11 +41,12 @@ class Token:
 
     @classmethod
     def write(cls, run: RunFolder) -> "Token":
-        """Writes a new token, and deletes those of killed drivers."""
+        """Writes a new token, and deletes those of killed drivers; of those of parts only those of the same part."""
+        owner = run.storage.owner
         for name, _ in list(run.storage.entries()):
-            if name.startswith(_FOLDER):
+            if name.startswith(_FOLDER + owner):
                 run.storage.delete_folder(name)
-        token = cls(run, uuid.uuid4().hex[:16])
+        token = cls(run, owner + uuid.uuid4().hex[:16])
         run.storage.write_text(token._name(_DRIVER), token.value)
         return token
 

@@ -37,6 +37,8 @@ class Storage(ABC):
     """Number of concurrent requests that is worthwhile."""
 
     def __init__(self) -> None:
+        self.owner = ""
+        """Begins the names of temporary files, where several processes that do not know each other write here."""
         self.before_change: Callable[[], None] = _allowed
         """Called before each change; raises where this process must not make it. Copies in workers have none."""
 

@@ -32,8 +32,6 @@ class LocalStorage(Storage):
         super().__init__()
         self.root = root.absolute()
         self.url = str(self.root)
-        self.owner = ""
-        """Begins the names of temporary files, where several processes that do not know each other write here."""
 
     @property
     def local(self) -> Path:

@@ -176,7 +176,7 @@ class RecordIndex:
                 ):
                     for version, data in self._content(group):
                         lines.write(b"[%d, %s]\n" % (version, zlib.decompress(data)))
-            elif self._storage.size(name) is not None:
+            elif self._home or TOGETHER in self._sizes.get(_folder(group), ()):
                 self._storage.delete(name)
             self._unsaved[group] = 0
 

@@ -254,8 +254,7 @@ class RunFolder:
         half-written; see `RunLock`."""
         name = LEASE if part is None else lease_of_part(part)
         with RunLock(self.storage, take_over=take_over, name=name) as lease:
-            if part is not None and isinstance(self.storage, LocalStorage):
-                self.storage.owner = f"part{part:05d}-"
+            self.storage.owner = "" if part is None else f"part{part:05d}-"
             self.lease, allowed = lease, self.storage.before_change
             try:
                 self.storage.clean()
@@ -263,6 +262,4 @@ class RunFolder:
                 with self.indexed(part):
                     yield lease
             finally:
-                self.lease, self.storage.before_change = None, allowed
-                if isinstance(self.storage, LocalStorage):
-                    self.storage.owner = ""
+                self.lease, self.storage.before_change, self.storage.owner = None, allowed, ""

@@ -183,6 +183,9 @@ class Source(ABC):
     digest of every shard, so a change makes finished runs stale."""
     keys_may_repeat: bool = False
     """True if two rows may have the same key: then the second one is marked as a duplicate."""
+    rows_stand_alone: bool = False
+    """True if the rows of a file are the same whatever other files there are, but for the names that keys begin with;
+    and if it takes long to find out how many there are."""
     has_images_at_hand: bool = False
     """True if the images are in the files of the input, so that a plan may look at some."""
     has_cells_apart: bool = False
@@ -269,7 +272,7 @@ class Source(ABC):
         with self.reaching():
             rows = self.rows(self.parts() if parts is None else parts)
             rows = mark_duplicates(rows) if self.keys_may_repeat else rows
-            yield from _split_into_shards(rows, shard_size, self.layout)
+            yield from split_into_shards(rows, shard_size, self.layout)
 
     def reaching(self) -> AbstractContextManager[None]:
         """Where the driver of a run reads the source: what URLs raise becomes an error with words.
@@ -349,11 +352,11 @@ class Source(ABC):
         return SourceRow.from_json(row, self.layout).redacted().to_json(self.layout)
 
 
-def _split_into_shards(
-    rows: Iterable[tuple[InputPart, SourceRow]], shard_size: int, layout: Sequence[str]
+def split_into_shards(
+    rows: Iterable[tuple[InputPart, SourceRow]], shard_size: int, layout: Sequence[str], index: int = 0
 ) -> Iterator[Shard]:
-    """Splits a stream of rows into shards; the last shard of a batch may be smaller."""
-    index = 0
+    """Splits a stream of rows into shards, of which the first has this index; the last one of a batch may be
+    smaller."""
     for _, batch in groupby(rows, key=lambda found: found[0].batch):
         while shard_rows := list(islice(batch, shard_size)):
             files = {part.name: part.path for part, _ in shard_rows if part.name}

@@ -21,6 +21,7 @@ from stages.sources.base import InputPart, Source
 from stages.sources.files import named_parts
 from stages.sources.tabular.known_shards import KnownShards
 from stages.sources.tabular.table_rows import TableSource
+from stages.sources.tarfiles.counted import can_count, count_rows_of_files, read_counts, shards_of_files
 from stages.sources.tree import encoded
 
 _FOLDER = "input"
@@ -47,7 +48,7 @@ class InputBatches:
         if self._lost:
             raise self._refusal()
         if self._taken is not None:
-            return _within(self._taken, self._all_shards(note=False, count=True))
+            return self._taken_shards(self._taken)
         note = self._begun
         unseen = not note and next(self.run.recorded_shards(self.row_group), None) is None
         return self._all_shards(note=note, count=unseen and not self._reads_all)
@@ -60,8 +61,19 @@ class InputBatches:
             return known.shards(list(self._parts()))
         return self.source.shards(self.shard_size, self._parts())
 
+    def _taken_shards(self, taken: Sequence[range]) -> Iterator[Shard]:
+        if self.source.rows_stand_alone:
+            parts = list(self._parts())
+            counts = read_counts(self.run, parts) if can_count(self.source, parts) else None
+            if counts is not None:
+                return shards_of_files(self.source, parts, counts, self.shard_size, taken)
+        return _within(taken, self._all_shards(note=False, count=True))
+
     def count(self) -> InputCounts:
-        num_shards = sum(1 for _ in self._all_shards(note=self._begun, count=True))
+        if can_count(self.source, self._parts()):
+            num_shards = count_rows_of_files(self.run, self.source, list(self._parts()), self.shard_size)
+        else:
+            num_shards = sum(1 for _ in self._all_shards(note=self._begun, count=True))
         return InputCounts(num_shards, len(self._files), self.source.passed_over)
 
     def take(self, ranges: Sequence[range], counts: InputCounts) -> None:

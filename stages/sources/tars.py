@@ -124,6 +124,7 @@ class WebdatasetSource(Source):
     """
 
     has_images_at_hand = True
+    rows_stand_alone = True
     layout = ("key", "name", "payload", "is_duplicate")
     keys_may_repeat = True
 

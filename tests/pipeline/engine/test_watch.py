@@ -177,10 +177,10 @@ def test_a_look_at_a_run_of_many_shards_reads_only_what_is_new(run: RunFolder) -
             file.write(json.dumps({**value, "groups": {"originals": group}}) + "\n")
     watch = RunWatch(run.url)
     assert watch.look().stages[0].done == 2000
-    offset = watch._reader._offset
+    offset = watch._readers[""]._offset
     resized(run, 0, 102.0)
     watch.look()
-    assert watch._reader._offset - offset < 300
+    assert watch._readers[""]._offset - offset < 300
 
 
 @pytest.mark.slow
@@ -238,3 +238,32 @@ def test_many_events_are_read_over_several_looks_each_once(run: RunFolder, monke
     assert [view.is_behind for view in views] == [True] * 5 + [False]
     assert [views[0].state, views[-1].state] == ["reading its events", "finished"]
     assert views[-1].stages[1].rows == 24
+
+
+def part_event(run: RunFolder, number: int, event: str, at: float, /, **fields: object) -> None:
+    folder = run.root / f"parts/{number:05d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": at, "event": event, **fields}) + "\n")
+
+
+def test_drivers_of_parts_are_watched_as_one_run_and_a_later_run_of_all_as_another(run: RunFolder) -> None:
+    write_event(run, "run_started", 50.0, workflow="precompute", executor="local", shards=9)
+    watch = RunWatch(run.url)
+    assert watch.look().total_shards == 9
+    for part, shards in ((2, 3), (1, 2)):
+        part_event(run, part, "run_started", 100.0 + part, executor="ray", shards=shards, part=f"{part}/2")
+        groups = {name: {"rows": 8, "drops": {}} for name in ("samples", "images-16")}
+        task_of = {"stage": "resize", "shard": part, "seconds": 1.0, "groups": groups}
+        part_event(run, part, "task", 110.0, **task_of)
+        for group in groups:
+            record(run, group, part)
+    view = watch.look()
+    assert (view.total_shards, view.started, view.executor) == (5, 101.0, "ray")
+    assert [stage.done for stage in view.stages] == [2, 2]
+    assert view.stages[1].rows == 16
+    write_event(run, "run_started", 200.0, workflow="precompute", executor="local", shards=5)
+    part_event(run, 1, "task_failed", 201.0, stage="resize", shard=1, error="late")
+    view = watch.look()
+    assert (view.total_shards, view.started, view.num_failed_tries) == (5, 200.0, 0)
+    assert view.groups[0].shards == 2

@@ -77,6 +77,15 @@ def test_each_run_has_a_token_of_its_own_and_removes_those_of_killed_ones(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_drivers_of_parts_leave_the_tokens_of_each_other_and_remove_their_own(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with first.lock(part=1), second.lock(part=2):
+        killed, of_second = Token.write(first), Token.write(second)
+        of_first = Token.write(first)
+        assert (of_first.problem(), of_second.problem()) == ("", "")
+        assert not (tmp_path / f".nodes-{killed.value}").exists()
+
+
 def test_a_node_whose_answer_does_not_arrive_is_blind(seeing: SeeingNodes, caplog: pytest.LogCaptureFixture) -> None:
     """It reads the folder of the driver and writes elsewhere, as into the upper layer of an overlay."""
     seeing._asked = {"reference": BLIND, "other": GOOD}

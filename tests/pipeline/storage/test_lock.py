@@ -95,8 +95,8 @@ def test_of_three_that_meet_an_expired_lease_one_gets_the_folder(
     met, refused, has = threading.Barrier(3), [], []
     read, ended = lock.read_lease, threading.Event()
 
-    def read_together(storage: Storage) -> dict | None:
-        found = read(storage)
+    def read_together(storage: Storage, name: str) -> dict | None:
+        found = read(storage, name)
         if not met.broken and found is not None and found["owner"] == "other":
             met.wait(20)
         return found
@@ -229,7 +229,7 @@ def test_a_step_does_not_wait_for_a_store_that_does_not_answer(
     monkeypatch.setattr(lock, "_ANSWER_S", 0.01)
     answers = threading.Event()
     with RunFolder(f"{s3.url}/{tmp_path.name}").lock() as lease:
-        monkeypatch.setattr(lock, "read_lease", lambda _: answers.wait(20) and None)
+        monkeypatch.setattr(lock, "read_lease", lambda *_: answers.wait(20) and None)
         started = time.monotonic()
         for _ in range(100):
             lease.check_step()
@@ -336,3 +336,48 @@ def test_the_driver_of_a_run_that_was_taken_over_stops(tmp_path: Path, monkeypat
         workflow.run(str(tmp_path / "run"), RunOptions("inline", quiet=True))
     assert caught.value.exit_code == EXIT_ENVIRONMENT
     assert len(list((tmp_path / "run" / "store" / "squares").glob("*"))) <= 1
+
+
+def test_parts_of_a_run_are_held_at_the_same_time_each_by_one(run: RunFolder) -> None:
+    other = RunFolder(run.url)
+    with run.lock(part=1), other.lock(part=2):
+        assert lock.running_parts(run.storage) == [1, 2]
+        assert is_running(run.storage)
+        assert lock.describe_holder(run.storage).endswith(", and 1 more")
+        with pytest.raises(LockedError, match="working on part 2 of it: process"), RunFolder(run.url).lock(part=2):
+            pass
+        with pytest.raises(LockedError, match="working on part 1 of it: process"), RunFolder(run.url).lock():
+            pass
+        assert run.storage.version(LEASE) is None, "who was refused leaves no lease"
+    assert lock.running_parts(run.storage) == []
+    assert not is_running(run.storage)
+
+
+def test_a_part_waits_a_little_for_a_run_of_all(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_POLL_S", 0.01)
+    with RunFolder(run.url).lock() as lease:
+        monkeypatch.setattr(lock, "_PATIENCE_S", 0.0)
+        with pytest.raises(LockedError, match="working in this folder"), run.lock(part=3):
+            pass
+        assert lock.leases_of_parts(run.storage) == []
+        monkeypatch.setattr(lock, "_PATIENCE_S", 30.0)
+        monkeypatch.setattr(lock, "is_held", _held_twice())
+        with run.lock(part=3) as of_part:
+            of_part.check()
+        lease.check()
+
+
+def _held_twice() -> Callable[[Storage, str], bool]:
+    answers = iter([True, True, False])
+    return lambda *_: next(answers)
+
+
+def test_a_run_of_all_takes_dead_parts_over_and_they_stop(run: RunFolder) -> None:
+    name = lock.lease_of_part(7)
+    with RunFolder(run.url).lock(part=7) as of_part:
+        with run.lock(take_over=True) as lease:
+            lease.check()
+            assert lock.leases_of_parts(run.storage) == []
+        with pytest.raises(LockedError, match=r"parts/00007\.lease\.json is gone"):
+            of_part.check()
+    assert run.storage.version(name) is None

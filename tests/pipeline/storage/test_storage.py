@@ -13,6 +13,7 @@ from pipeline.errors import EXIT_ENVIRONMENT, EXIT_PREEMPTED, ConfigError, Machi
 from pipeline.storage import BackgroundTasks, LocalStorage, ObjectStorage, Storage
 from pipeline.storage.files import TEMPORARY_MARK
 from pipeline.storage.open import open_storage
+from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.scratch import machine
 from tests.commands import call
 from tests.object_store import ACCESS_KEY, BUCKET, SECRET_KEY, ObjectStore, object_store
@@ -382,3 +383,16 @@ def test_other_writers_files_are_seen_at_once(s3: ObjectStore) -> None:
     assert list(one.names("a")) == ["b"]
     other.delete("a/b")
     assert one.size("a/b") is None
+
+
+def test_a_driver_of_a_part_removes_its_own_half_written_files_and_no_others(tmp_path: Path) -> None:
+    first, second, all_of_it = (RunFolder(tmp_path) for _ in range(3))
+    with first.lock(part=1), second.lock(part=2):
+        mine, other = (run.storage.new_file("store/a/00001.txt") for run in (first, second))
+        folder = first.storage.new_folder()
+        for path in (mine, other):
+            path.write_bytes(b"half")
+        assert first.storage.clean() == 2
+        assert (mine.exists(), folder.exists(), other.exists()) == (False, False, True)
+    with all_of_it.lock():
+        assert not other.exists()
