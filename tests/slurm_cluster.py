@@ -212,8 +212,11 @@ def _configure(folder: Path) -> None:
 
 
 def _write_stand_ins(folder: Path) -> None:
-    """Commands that jobs find first: a `hostname` that tells a loopback address (Ray would take 127.0.0.1 for another), and an `srun` that has no Pyxis: it
-    notes the options of containers, and runs the command without."""
+    """Commands that jobs find first.
+
+    A `hostname` that tells a loopback address (Ray would take 127.0.0.1 for another one), and an `srun` that has no Pyxis:
+    it notes the options of containers, and runs the command without.
+    """
     folder.mkdir()
     real = {name: shutil.which(name, path=_PATH) for name in ("hostname", "srun")}
     texts = {
