@@ -214,7 +214,7 @@ def _configure(folder: Path) -> None:
 def _write_stand_ins(folder: Path) -> None:
     """Commands that jobs find first.
 
-    A `hostname` that tells a loopback address (Ray would take 127.0.0.1 for another one), and an `srun` that has no Pyxis:
+    A `hostname` that tells a loopback address (Ray would take 127.0.0.1 for another one), and an `srun` without Pyxis:
     it notes the options of containers, and runs the command without.
     """
     folder.mkdir()
