@@ -72,7 +72,7 @@ class Slurm:
     def call(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
         """What a command of Slurm prints."""
         done = subprocess.run(
-            words, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            words, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=280, check=False
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -179,7 +179,8 @@ def slurm() -> Iterator[Slurm]:
     """A cluster that takes jobs; all its processes end with the context."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not in pytest's folder, whose path is too long for a socket
     path = f"{folder}/bin:{Path(sys.executable).parent}:{_PATH}"
-    cluster = Slurm(folder, {**os.environ, "PATH": path, "SLURM_CONF": f"{folder}/slurm.conf"}, {})
+    further = {"PATH": path, "SLURM_CONF": f"{folder}/slurm.conf", "RAY_TMPDIR": str(folder)}
+    cluster = Slurm(folder, {**os.environ, **further}, {})
     try:
         _configure(folder)
         _write_stand_ins(folder / "bin")
@@ -211,12 +212,15 @@ def _configure(folder: Path) -> None:
 
 
 def _write_stand_ins(folder: Path) -> None:
-    """Commands that jobs find first: a `hostname` that tells the loopback address, and an `srun` that has no Pyxis: it
-    notes the options of containers, and runs the command without."""
+    """Commands that jobs find first.
+
+    A `hostname` that tells a loopback address (Ray would take 127.0.0.1 for another one), and an `srun` without Pyxis:
+    it notes the options of containers, and runs the command without.
+    """
     folder.mkdir()
     real = {name: shutil.which(name, path=_PATH) for name in ("hostname", "srun")}
     texts = {
-        "hostname": f'[ "$1" = -I ] && echo 127.0.0.1 || exec {real["hostname"]} "$@"',
+        "hostname": f'[ "$1" = -I ] && echo 127.0.0.2 || exec {real["hostname"]} "$@"',
         "srun": f'''words=()
 for word in "$@"; do
   case $word in --container-*) echo "$word" >>{folder}/containers ;; *) words+=("$word") ;; esac

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from imagen_core.store import Store, StoreError, VerifyReport, verify_store
+from imagen_core.store import Problem, Store, StoreError, VerifyReport, verify_store
 from pipeline.commands import CommandResult
 from pipeline.engine.division import view_parts
 from pipeline.errors import EXIT_FAILED, EXIT_OK, ConfigError
@@ -49,18 +49,17 @@ def verify_command(
     stated = [_name_and_value(text, *_ENCODER) for text in encoders]
     if reencode is None and stated:
         raise ConfigError(f"--encoder {encoders[0]}: goes with --reencode FRACTION; add it")
-    run = _run_of(path)
-    missing = _missing_parts(run)
+    missing = _missing_parts(run := _run_of(path))
     holder = describe_holder(run.storage) if is_running(run.storage) else None
     at_work, note = ({}, []) if holder is None else ({"at_work": holder}, [_AT_WORK.format(holder)])
     try:
         report = verify_store(store, scratch=scratch())
     except StoreError as error:
-        problems = [{"file": store, "message": message} for message in (str(error), *missing)]
-        lines = [f"bad: {message}" for message in (*missing, error)]
-        return {"ok": False, "problems": problems, **at_work}, [*lines, *note], EXIT_FAILED
-    if missing:
-        report.ok = False
+        problems = [*missing, {"file": store, "message": str(error)}]
+        lines = [f"bad: {error}", *(f"bad: {problem['file']}: {problem['message']}" for problem in missing), *note]
+        return {"ok": False, "problems": problems, **at_work}, lines, EXIT_FAILED
+    report.problems = [*(Problem(**each) for each in missing), *report.problems]
+    report.ok = not report.problems
     comparisons = {}
     if reencode is not None and report.ok:
         from stages.store_tools.reencode import reencode as encode_again
@@ -71,12 +70,9 @@ def verify_command(
         report.problems += [problem for comparison in comparisons.values() for problem in comparison.problems]
         report.ok = not report.problems
     result = {**asdict(report), **at_work}
-    if missing:
-        result["problems"] += [{"file": store, "message": message} for message in missing]
     if reencode is not None:
         result["reencoded"] = {name: comparison.summary() for name, comparison in comparisons.items()}
-    lines = [f"bad: {message}" for message in missing]
-    lines += [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
+    lines = [f"bad: {problem.file}: {problem.message}" for problem in report.problems]
     lines += [f"note: {warning.file}: {warning.message}" for warning in report.warnings[:_MAX_NOTES]]
     if len(report.warnings) > _MAX_NOTES:
         lines.append(f"note: ... and {len(report.warnings) - _MAX_NOTES} files more")
@@ -87,7 +83,7 @@ def verify_command(
     if report.input_rows is not None:
         lines.append(_coverage_line(report))
     lines += note
-    if report.problems and holder is None:
+    if len(report.problems) > len(missing) and holder is None:
         lines.append("Move the bad files away and run the same pipeline command again: it makes only these again.")
     checked = f"{report.files_checked} files, {human_bytes(report.bytes_checked)}, {report.num_samples} samples"
     lines.append(f"{'good' if report.ok else 'NOT good'}: {checked} checked in {store}")
@@ -100,15 +96,17 @@ def _run_of(path: str) -> RunFolder:
     return run or RunFolder(folder.url)
 
 
-def _missing_parts(run: RunFolder) -> list[str]:
-    """A message about the parts of a run that are not done, or not put together."""
+def _missing_parts(run: RunFolder) -> list[dict[str, str]]:
+    """A problem if parts of a run are not done, or not put together."""
     view = view_parts(run)
     if view is None or view.division.finished:
         return []
     again = f"run them, or pipeline finish {run.url} if none is left"
     if view.missing:
-        return [f"parts {view.missing_text()} of {view.division.parts} are missing; {again}"]
-    return [f"all {view.division.parts} parts are done, but not put together; {again}"]
+        message = f"{view.missing_text()} of {view.division.parts} are missing; {again}"
+    else:
+        message = f"all {view.division.parts} are done, but not put together; {again}"
+    return [{"file": "parts", "message": message}]
 
 
 def _name_and_value(text: str, option: str, what: str, example: str) -> tuple[str, str]:

@@ -92,7 +92,22 @@ OTHER = {
     ),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
     *("block", "api_key_env", "base_url", "prompt", "refusals", "extra_body"),
-    *("targets", "negative_prompt", "architecture", "text_layers", "flags", "repo", "license", "host"),
+    *(
+        "gpus",
+        "memory",
+        "time",
+        "partition",
+        "account",
+        "qos",
+        "targets",
+        "negative_prompt",
+        "architecture",
+        "text_layers",
+        "flags",
+        "repo",
+        "license",
+        "host",
+    ),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 

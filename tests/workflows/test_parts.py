@@ -115,7 +115,7 @@ def test_finish_and_verify_name_the_parts_that_are_missing(tmp_path: Path, monke
     assert "3 of 4 parts are missing: 3 (stopped); 1, 4 (never came)" in done.err
     checked = call("verify", str(out))
     assert checked.code == 1
-    assert "bad: parts 3 (stopped); 1, 4 (never came) of 4 are missing" in checked.out
+    assert "bad: parts: 3 (stopped); 1, 4 (never came) of 4 are missing" in checked.out
     shown = call("status", str(out))
     assert "parts: 1 of 4 done; 3 (stopped); 1, 4 (never came)" in shown.out
     assert not (out / "store/manifest.json").exists()

@@ -25,10 +25,13 @@ exit "$CODE"
     "srun": """
 echo "srun $*" >>"$CALLS"
 echo "token $RAY_AUTH_MODE $(stat -c %a "$RAY_AUTH_TOKEN_PATH") $(wc -c <"$RAY_AUTH_TOKEN_PATH")" >>"$CALLS"
+case "$*" in *--head*) [ -z "${RAY_CODE:-}" ] || exit "$RAY_CODE" ;; esac
+while kill -0 "$PPID" 2>/dev/null; do sleep 0.02; done
 """,
     "python": """
 cat >"$CALLS.python"
 until [ "$(grep -c ^token "$CALLS")" = 2 ]; do sleep 0.02; done
+for _ in $(seq "${PYTHON_S:-0}"); do kill -0 "$PPID" 2>/dev/null && sleep 1; done
 exit "${PYTHON_CODE:-0}"
 """,
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\n',
@@ -150,6 +153,9 @@ def test_several_nodes_become_a_ray_cluster_with_a_token(cluster: Cluster) -> No
     assert not list(cluster.home.iterdir())  # the token is gone
 
 
-def test_a_ray_cluster_that_does_not_come_up_is_an_error_of_the_environment(cluster: Cluster) -> None:
-    assert cluster.start("0", SLURM_JOB_NUM_NODES="2", PYTHON_CODE="1").wait(30) == 4
+@pytest.mark.parametrize("ends", [{"PYTHON_CODE": "1"}, {"RAY_CODE": "2", "PYTHON_S": "20"}], ids=["late", "at once"])
+def test_a_ray_cluster_that_does_not_come_up_is_an_error_of_the_environment(
+    cluster: Cluster, ends: dict[str, str]
+) -> None:
+    assert cluster.start("0", SLURM_JOB_NUM_NODES="2", **ends).wait(15) == 4
     assert not any(call.startswith(("pipeline", "scontrol")) for call in cluster.calls())
