@@ -1,8 +1,8 @@
 """Do the tools read the files that `pipeline schedule` writes for them?
 
-For SkyPilot, dstack and Kubeflow Trainer: their packages, each installed in an environment of its own, read the files, and
-refuse them with an unknown key. For Kubernetes resources: `--crds 'NAME VERSION=FOLDER'`, a folder with the
-CustomResourceDefinitions of a release as YAML, which are applied as strictly as `kubectl apply` does (unknown fields are errors).
+For SkyPilot, dstack and Kubeflow Trainer: their packages, each installed in an environment of its own, read the files,
+and refuse them with an unknown key. For Kubernetes resources: `--crds 'NAME VERSION=FOLDER'`, a folder with the
+CustomResourceDefinitions of a release as YAML; unknown fields are errors, as for `kubectl apply`.
 
 python -m benchmarks.places --work evidence-run/places --out benchmarks/results/places.json
 """
@@ -34,7 +34,7 @@ VALUES = (
 
 
 def write_files(kind: str, folder: Path) -> list[Path]:
-    """The files of a kind: with a configuration file, a volume and hostile values; with none of these; with a queue."""
+    """The files of a kind: with a configuration, a volume and hostile values; with none of these; with a queue."""
     config = folder / "my config.yaml"
     config.write_text("shard_size: 7\n", encoding="utf-8")
     workflow = "train" if KINDS[kind].workflows else "precompute"
@@ -84,9 +84,9 @@ def strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     found = {key: strict(value) for key, value in schema.items()}
-    if "properties" in schema and isinstance(schema["properties"], dict) and schema.get("type") == "object":
-        if schema["properties"] and not schema.get("x-kubernetes-preserve-unknown-fields"):
-            found.setdefault("additionalProperties", False)
+    is_open = schema.get("x-kubernetes-preserve-unknown-fields", False)
+    if schema.get("type") == "object" and schema.get("properties") and not is_open:
+        found.setdefault("additionalProperties", False)
     return found
 
 
