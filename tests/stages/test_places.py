@@ -74,7 +74,8 @@ MODELS = {"model", "encoder_model", "text_embed_model", "image_encoders.model"}
 """Names of models: all are found by one function, which refuses URLs."""
 OTHER = {
     *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "job"),
-    *("queue", "key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
+    *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
+    "queue",
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
     *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
     *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
