@@ -20,7 +20,7 @@ from tests.pipeline.deploy.kubernetes import (
 )
 from tests.pipeline.deploy.test_schedule import HOSTILE, text_of
 
-DOLLARS = ("e=$$ $$$ $(RAY_ADDRESS) ${{ run.args }} ${{ $", "f=$${{ x }}", "'$", "$$'$$")
+DOLLARS = ("e=$$ $$$ $(RAY_ADDRESS) ${{ run.args }} ${{ $", "f=$${{ x }}", "g=!! !$", "'$", "$$'$$")
 """Values with what Kubernetes and dstack expand before a shell reads them."""
 EXPANDED = {"RAY_ADDRESS": "pwned", "touch pwned": "pwned"}
 OUT = "/mnt/my data/run 1"
