@@ -73,41 +73,15 @@ REFUSES = {
 MODELS = {"model", "encoder_model", "text_embed_model", "image_encoders.model"}
 """Names of models: all are found by one function, which refuses URLs."""
 OTHER = {
-    *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "queue", "job"),
-    *("part",),
+    *("workflow", "overrides", "executor", "address", "retry_dropped", "kind", "at", "timezone", "image", "queue"),
+    *("job", "part", "gpus", "memory", "time", "partition", "account", "qos", "targets", "image_encoder"),
     *("key", "url", "sha256", "reason", "weights", "revision", "device", "split", "name", "prompts", "transcriptions"),
     *("class_names", "user_agent_token", "disallowed_headers", "resources", "sections", "text", "text_embed"),
-    *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system"),
-    *(
-        "captions",
-        "caption_sets",
-        "column",
-        "encoders",
-        "image_encoders",
-        "encoder",
-        "image_encoder",
-        "codec",
-        "dtype",
-        "to",
-    ),
+    *("layers", "recipe", "chat", "prefix", "suffix", "suffix_after_pads", "system", "license", "host"),
+    *("captions", "caption_sets", "column", "encoders", "image_encoders", "encoder", "codec", "dtype", "to"),
     *("where", "keep_columns", "aspect", "image_embed", "match", "arrays", "array", "member", "pickle_key"),
     *("block", "api_key_env", "base_url", "prompt", "refusals", "extra_body"),
-    *(
-        "gpus",
-        "memory",
-        "time",
-        "partition",
-        "account",
-        "qos",
-        "targets",
-        "negative_prompt",
-        "architecture",
-        "text_layers",
-        "flags",
-        "repo",
-        "license",
-        "host",
-    ),
+    *("negative_prompt", "architecture", "text_layers", "flags", "repo"),
 }
 """Texts that are no path. What ends in `_column`, `_member` or `_field` is none either."""
 

@@ -4,8 +4,11 @@ import shlex
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.deploy.quoting import container_argument, guarded_command
 from pipeline.deploy.schedule import KINDS, Schedule, render
 from pipeline.errors import ConfigError
 from tests.pipeline.deploy.kubernetes import (
@@ -20,7 +23,7 @@ from tests.pipeline.deploy.kubernetes import (
 )
 from tests.pipeline.deploy.test_schedule import HOSTILE, text_of
 
-DOLLARS = ("e=$$ $$$ $(RAY_ADDRESS) ${{ run.args }} ${{ $", "f=$${{ x }}", "'$", "$$'$$")
+DOLLARS = ("e=$$ $$$ $(RAY_ADDRESS) ${{ run.args }} ${{ $", "f=$${{ x }}", "g=!! !$", "'$", "$$'$$")
 """Values with what Kubernetes and dstack expand before a shell reads them."""
 EXPANDED = {"RAY_ADDRESS": "pwned", "touch pwned": "pwned"}
 OUT = "/mnt/my data/run 1"
@@ -120,6 +123,21 @@ def test_kubeflow_waits_for_kueue_where_a_queue_is_given() -> None:
 def test_a_kind_for_some_workflows_refuses_the_others(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"sample: --kind {kind} runs train only"):
         render(Schedule(kind, "sample", out="s3://b/r", image="i"))
+
+
+WORDS = st.lists(st.text(st.sampled_from("$(){}'\"\\ aA!~#;&|`=😀")), max_size=4)
+
+
+@given(WORDS)
+def test_no_words_make_a_command_that_is_expanded_before_a_shell_reads_it(words: list[str]) -> None:
+    command = guarded_command(words)
+    assert shlex.split(command) == words
+    assert not any(expanded in command for expanded in ("$$", "$(", "${"))
+
+
+@given(WORDS)
+def test_any_argument_of_a_container_arrives_as_it_was_given(words: list[str]) -> None:
+    assert [expanded(container_argument(word), a="pwned") for word in words] == words
 
 
 GIVEN = [

@@ -12,8 +12,12 @@ import pytest
 import yaml
 
 from pipeline.deploy.schedule import Schedule, install_command
+from tests.commands import call
+from tests.documents import blocks
 from tests.pipeline.deploy.test_schedule import text_of
 from tests.pipeline.deploy.test_schedule_clusters import OUT, VALUES
+from tests.runs import REPOSITORY
+from tests.test_docs import commands
 
 STUBS = {
     "ray": """
@@ -75,10 +79,11 @@ class Node:
             (bin_folder / name).write_text(f"#!/bin/bash\n{text}")
             (bin_folder / name).chmod(0o755)
         address, rank, nodes, job = NAMES[kind]
-        self.command = ["bash", "-c", script(kind)]
+        self.command = ["bash", *(["-i"] if kind == "dstack" else []), "-c", script(kind)]  # as dstack's runner does
         self.environment = {
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
             "CALLS": str(self.calls_file),
+            "HOME": str(root),
             address: "127.0.0.1\n127.0.0.9" if kind == "skypilot" else "127.0.0.1",
             rank: "0",
             nodes: "2",
@@ -184,7 +189,8 @@ def test_an_image_without_the_program_is_named(node: Node) -> None:
         node.command, env={**node.environment, "PATH": f"{node.environment['PATH'].split(':')[0]}:/usr/bin:/bin"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (4, "error: no program 'pipeline' in this image\n")
+    assert done.returncode == 4
+    assert "error: no program 'pipeline' in this image\n" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -238,3 +244,15 @@ def test_a_configuration_and_a_volume_are_mounted_where_the_command_looks(tmp_pa
     assert sky["volumes"] == {"/mnt/my data": "precompute-run-1"}
     assert dstack["volumes"] == [{"name": "precompute-run-1", "path": "/mnt/my data"}]
     assert not {"volumes", "file_mounts", "files"} & {*tree("skypilot", "s3://b/r"), *tree("dstack", "s3://b/r")}
+
+
+@pytest.mark.parametrize("page", ["kubernetes", "skypilot", "dstack"])
+def test_a_page_shows_the_command_that_is_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("shard_size: 7\n")
+    document = REPOSITORY / "docs" / "how-to" / f"{page}.md"
+    found = call(*commands([document])[0][1:])
+    assert found.code == 0, found.err
+    path, install = found.out.splitlines()
+    assert Path(path).is_file()
+    assert blocks("text", [document])[0] == install.removeprefix("install: ")
