@@ -140,7 +140,8 @@ def cancelled(scene: Scene) -> None:
     scene.cluster.call("scancel", job)
     scene.cluster.wait("the end of the job", lambda: not scene.cluster.states(), _LIMIT_S)
     assert scene.cluster.facts(job)["JobState"] == "CANCELLED"
-    scene.jobs.append(scene.cluster.call("sbatch", "--parsable", str(next(scene.folder.glob("*.sh")))))
+    (script,) = scene.folder.glob("*.sh")
+    scene.jobs.append(scene.cluster.call("sbatch", "--parsable", str(script), cwd=scene.folder))
     scene.finish()
 
 

@@ -65,7 +65,7 @@ def test_any_ranges_are_those_of_all_shards(shard_size: int, source: WebdatasetS
     parts, run = batches(source), RunFolder(tmp_path / "run")
     every = described(source.shards(shard_size, parts))
     assert count_rows_of_files(run, source, parts, shard_size) == len(every)
-    counts = read_counts(run, parts)
+    counts = read_counts(run, parts) or []
     assert counts == [5, 0, 3, 8, 1, 4]
     for first in range(len(every) + 1):
         for end in range(first, len(every) + 1):
