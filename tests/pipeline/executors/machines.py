@@ -92,6 +92,7 @@ def run_on_two_machines(folder: Path, command: Sequence[str], variables: Mapping
             "RAY_TMPDIR": ray_folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "false",
+            "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
             **variables,
         }
         done = subprocess.run(
