@@ -49,7 +49,13 @@ ip addr add "{NETWORK}.$node/24" dev eth0
 ip link set eth0 up
 "$@"
 """
-_RAY = "from ray.scripts.scripts import main\nmain()\n"
+_RAY = """
+import sys
+from ray.scripts.scripts import main
+if "--head" in sys.argv:
+    sys.argv.append("--include-dashboard=false")  # ten processes less; `ray symmetric-run` has no such option
+main()
+"""
 
 
 def skip_without_namespaces() -> None:
