@@ -17,7 +17,7 @@ from pipeline.executors import ray_head
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.inline import InlineExecutor
 from pipeline.executors.ray import RayExecutor
-from pipeline.executors.ray_cluster import ClusterNode, connect
+from pipeline.executors.ray_cluster import ClusterNode, connect, leave
 from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
 from pipeline.executors.ray_pool import RayWorker, WorkerPool, node_id
@@ -311,4 +311,4 @@ def test_a_local_ray_listens_on_the_loopback_interface_only_and_starts_nothing_n
         assert "raylet" in lines
         assert not any(name in lines for name in ("dashboard.py", "monitor.py")), "they would ask, or have no use"
     finally:
-        ray.shutdown()
+        leave()
