@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.errors import ConfigError, MachineError
+from pipeline.errors import ConfigError, MachineError, first_line
 
 AUTO = "auto"
 _VARIABLE = "RAY_ADDRESS"
@@ -177,17 +177,21 @@ def ask_head(address: str) -> str:
 
     Raises:
         AuthenticationError (of Ray): it has another token; Ray itself would try for 20 s.
-        RpcError (of Ray): no answer.
+        ConnectionError: no answer.
     """
     from ray._private import ray_constants
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] - has no types
+    from ray.exceptions import RpcError
 
     use_token_of(address)
-    found = GcsClient(address=address).internal_kv_get(
-        ray_constants.DASHBOARD_ADDRESS.encode(),
-        namespace=ray_constants.KV_NAMESPACE_DASHBOARD,
-        timeout=_HEAD_TIMEOUT_S,
-    )
+    try:
+        found = GcsClient(address=address).internal_kv_get(
+            ray_constants.DASHBOARD_ADDRESS.encode(),
+            namespace=ray_constants.KV_NAMESPACE_DASHBOARD,
+            timeout=_HEAD_TIMEOUT_S,
+        )
+    except RpcError as error:
+        raise ConnectionError(first_line(error)) from error
     return (found or b"").decode()
 
 

@@ -109,26 +109,14 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # or it warns that authentication is on, as it should be
     started = time.perf_counter()
     try:
-        if address is not None:
+        if address is None:
+            ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
+            _start_own(num_cpus)
+        else:
             address = running_address() if address == AUTO else address
             check_joinable(address)
             ask_head(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            os.environ.pop("RAY_ADDRESS", None)
-            if (unused := unused_address()) is not None:
-                log.warning("a Ray runs on this machine and is not used (%s): --address auto joins it", unused)
-            ray_constants.ENABLE_RAY_CLUSTER = False  # somebody may have imported Ray before
-            with without_needless_processes():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus or usable_cpus(),
-                    include_dashboard=False,
-                    dashboard_host="127.0.0.1",
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
     except PipelineError:  # a signal
         raise
     except Exception as error:  # Ray raises plain ones too
@@ -139,6 +127,25 @@ def connect(num_cpus: int | None, address: str | None) -> list[ClusterNode]:
     nodes = living_nodes()
     log.debug("Ray is up after %.1f s: %s", time.perf_counter() - started, nodes)
     return nodes
+
+
+def _start_own(num_cpus: int | None) -> None:
+    """Starts a Ray on this machine, and says so if there is one that could have been joined."""
+    import ray
+
+    os.environ.pop("RAY_ADDRESS", None)
+    if (unused := unused_address()) is not None:
+        log.warning("a Ray runs on this machine and is not used (%s): --address auto joins it", unused)
+    with without_needless_processes():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or usable_cpus(),
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
 
 
 def leave() -> None:

@@ -16,6 +16,9 @@ from tests.runs import REPOSITORY, command, events, precompute, store_bytes
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 CONFIG = ["source.num_samples=40", "shard_size=8", "images.sizes_px=[16]"]
+AGENT_PORTS = ["--dashboard-agent-grpc-port=23457", "--dashboard-agent-listen-port=23458"]
+AGENT_PORTS += ["--metrics-export-port=23459", "--runtime-env-agent-port=23460"]
+"""Without them Ray waits 15 s for its agents to choose some, which on a busy machine is too short."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_under_a_symmetric_run_of_two_machines_a_run_uses_both_and_makes_the_sam
         tmp_path / "m",
         [
             *("ray", "symmetric-run", "--address", head, "--min-nodes", "2"),
-            *("--num-cpus=1", "--object-store-memory=80000000", "--", "sh", "-c", script),
+            *("--num-cpus=1", "--object-store-memory=80000000", *AGENT_PORTS, "--", "sh", "-c", script),
         ],
         {"RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT": "120", "RAY_AUTH_MODE": "disabled"},
     )

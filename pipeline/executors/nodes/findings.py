@@ -153,11 +153,7 @@ def _gpus(answer: NodeAnswer, facts: Facts) -> Finding:
             "note",
             f"{shown}; Ray offers {given:g} of them; start this node with --num-gpus={len(gpus)}",
         )
-    used = [
-        gpu
-        for gpu in gpus
-        if gpu["free_bytes"] is not None and gpu["free_bytes"] < (1 - _GPU_IN_USE) * gpu["memory_bytes"]
-    ]
+    used = [gpu for gpu in gpus if (gpu["free_bytes"] or 0) < (1 - _GPU_IN_USE) * (gpu["memory_bytes"] or 0)]
     if used:
         return _finding(answer, "gpus", "note", f"{shown}; {len(used)} in use: {_size(used[0]['free_bytes'])} free")
     return _finding(answer, "gpus", "ok", shown)

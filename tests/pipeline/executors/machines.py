@@ -49,7 +49,13 @@ ip addr add "{NETWORK}.$node/24" dev eth0
 ip link set eth0 up
 "$@"
 """
-_RAY = "from ray.scripts.scripts import main\nmain()\n"
+_RAY = """
+import sys
+from ray.scripts.scripts import main
+if "--head" in sys.argv:
+    sys.argv.append("--include-dashboard=false")  # ten processes less; `ray symmetric-run` has no such option
+main()
+"""
 
 
 def skip_without_namespaces() -> None:
@@ -92,6 +98,7 @@ def run_on_two_machines(folder: Path, command: Sequence[str], variables: Mapping
             "RAY_TMPDIR": ray_folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "false",
+            "RAY_agent_register_timeout_ms": "300000",  # on a busy machine
             **variables,
         }
         done = subprocess.run(

@@ -17,7 +17,7 @@ from pipeline.executors import ray_head
 from pipeline.executors.base import ExecutionConfig
 from pipeline.executors.inline import InlineExecutor
 from pipeline.executors.ray import RayExecutor
-from pipeline.executors.ray_cluster import ClusterNode, connect
+from pipeline.executors.ray_cluster import ClusterNode, connect, leave
 from pipeline.executors.ray_head import HeadWatch
 from pipeline.executors.ray_nodes import SeeingNodes
 from pipeline.executors.ray_pool import RayWorker, WorkerPool, node_id
@@ -70,14 +70,14 @@ def test_a_node_holds_as_many_workers_as_all_its_resources_allow() -> None:
 def test_on_a_cluster_tasks_and_workers_ask_for_the_nodes_they_are_meant_for(tmp_path: Path) -> None:
     made = executor(tmp_path, resources={"cpu_node": 0.001})
     nodes = [CPU_NODE, GPU_NODE]
-    assert made._demand(Fetch(ToyOptions()), nodes) == {"CPU": 1.0, "cpu_node": 0.001}
-    assert made._demand(stage(num_gpus=None), nodes) == {"CPU": 1.0, "GPU": 1.0}
+    assert made.demand(Fetch(ToyOptions()), nodes) == {"CPU": 1.0, "cpu_node": 0.001}
+    assert made.demand(stage(num_gpus=None), nodes) == {"CPU": 1.0, "GPU": 1.0}
     wanted = stage(num_gpus=0.5, custom={"accelerator_type:H100": 0.001})
-    assert made._demand(wanted, nodes) == {"CPU": 1.0, "GPU": 0.5, "accelerator_type:H100": 0.001}
-    assert made._demand(stage(num_gpus=1.0), [CPU_NODE]) == {"CPU": 1.0, "GPU": 1.0}, "demand for an autoscaler"
+    assert made.demand(wanted, nodes) == {"CPU": 1.0, "GPU": 0.5, "accelerator_type:H100": 0.001}
+    assert made.demand(stage(num_gpus=1.0), [CPU_NODE]) == {"CPU": 1.0, "GPU": 1.0}, "demand for an autoscaler"
     alone = executor(tmp_path, address=None, resources={"cpu_node": 0.001})
-    assert alone._demand(Fetch(ToyOptions()), [CPU_NODE]) == {"CPU": 1.0}
-    assert alone._demand(stage(num_gpus=1.0), [CPU_NODE]) == {}, "this machine has no GPU: on the CPU"
+    assert alone.demand(Fetch(ToyOptions()), [CPU_NODE]) == {"CPU": 1.0}
+    assert alone.demand(stage(num_gpus=1.0), [CPU_NODE]) == {}, "this machine has no GPU: on the CPU"
 
 
 def test_workers_are_asked_for_while_tasks_wait_and_get_none_before_they_have_a_node(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
 def test_the_user_is_told_which_resource_no_node_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fetch = Fetch(ToyOptions())
     made = executor(tmp_path, fetch, resources={"cpu_node": 0.001})
-    made.demands["fetch"] = made._demand(fetch, [CPU_NODE])
+    made.demands["fetch"] = made.demand(fetch, [CPU_NODE])
     made.running[mock.Mock()] = (None, None, TaskRequest("fetch", Shard(0, [], 0), frozenset(), {}))
     with caplog.at_level(logging.WARNING):
         made._refresh([CPU_NODE, GPU_NODE])
@@ -339,4 +339,4 @@ def test_a_local_ray_listens_on_the_loopback_interface_only_and_starts_nothing_n
         assert "raylet" in lines
         assert not any(name in lines for name in ("dashboard.py", "monitor.py")), "they would ask, or have no use"
     finally:
-        ray.shutdown()
+        leave()
