@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
 
-.PHONY: demo test test-slow check docs screenshot bench evidence clean
+.PHONY: demo test test-slow check docs screenshot bench evidence cluster-evidence clean
 
 demo: $(VENV)/.run  ## set up, precompute synthetic scenes fetched over loopback HTTP, train a cascade for minutes, sample
 	$(BIN)/pipeline run precompute -c demo --out $(DEMO)
@@ -76,6 +76,10 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.job --earlier 1ec2329 --work evidence-run/job --out benchmarks/results/job.json
 	$(BIN)/python -m benchmarks.requests --earlier 1ec2329 --work evidence-run/requests --out benchmarks/results/requests.json
 	$(BIN)/python -m benchmarks.sampling --earlier 1ec2329 $(if $(PEERS),--peers-python $(PEERS)) --out benchmarks/results/sampling.json
+	$(BIN)/python -m benchmarks.table
+
+cluster-evidence: $(VENV)/.dev  ## what schedulers and clusters do to runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --out benchmarks/results/preemption.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made

@@ -87,7 +87,7 @@ def _png(index: int) -> bytes:
     return file.getvalue()
 
 
-def config_of(folder: Path, images: Images, shard_size: int, workers: int) -> Path:
+def config_of(folder: Path, images: Images, shard_size: int, workers: int, **execution: object) -> Path:
     """The configuration of the run: a shard is fetched image by image."""
     download = {
         "threads": 1,
@@ -102,7 +102,7 @@ def config_of(folder: Path, images: Images, shard_size: int, workers: int) -> Pa
         "shard_size": shard_size,
         "images": {"sizes_px": [16]},
         "encoders": [{"name": "t5", "model": "tiny-random-t5", "workers": workers, "resources": {"work": 1}}],
-        "execution": {"resources": {"work": 0.001}, "retry_delay_s": 0.5},
+        "execution": {"resources": {"work": 0.001}, "retry_delay_s": 0.5, **execution},
     }
     path = folder / f"config-{images.count}-{shard_size}.yaml"
     path.write_text(yaml.safe_dump(config))
