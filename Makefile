@@ -79,7 +79,8 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.table
 
 cluster-evidence: $(VENV)/.dev  ## what schedulers and clusters do to runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --out benchmarks/results/preemption.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --speedup-images 0 --out benchmarks/results/preemption.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --images 0 --out benchmarks/results/preemption_nodes.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made

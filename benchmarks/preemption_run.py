@@ -1,6 +1,8 @@
 """The run that `preemption.py` kills: its images, its driver, its store, and the work that was done again."""
 
 import io
+import json
+import math
 import os
 import signal
 import subprocess
@@ -162,6 +164,9 @@ def store_bytes(run: Path) -> dict[str, bytes]:
 def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int]:
     """What was done more than once in a run, from its events and from the requests for images.
 
+    The fetch of a shard was under way when a driver ended if it had begun, or began before the next driver: a worker may
+    still have been loading packages, and does not learn at once that its driver is gone.
+
     Args:
         ends: Unix times at which a driver of the run ended before the run was done.
     """
@@ -169,8 +174,13 @@ def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int
     events = list(read_events(RunFolder(str(run)).storage))
     done = Counter((e["stage"], e["shard"]) for e in events if e.get("event") == "task")
     fetched = {e["shard"]: e["time"] for e in events if e.get("event") == "task" and e["stage"] == "fetch"}
+    begun = [*sorted(e["time"] for e in events if e.get("event") == "run_started"), math.inf]
+    until = {end: next(time for time in begun if time > end) for end in ends}
     failed = [e for e in events if e.get("event") == "task_failed"]
     lost = [e for e in failed if e.get("lost") == "node"]
+    run.with_name(f"{run.name}-requests.json").write_text(
+        json.dumps({"ends": list(ends), "requests": images.requests})
+    )
     asked: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for when, index in images.requests:
         asked[index // shard_size][index].append(when)
@@ -178,7 +188,7 @@ def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int
     for shard, by_image in asked.items():
         interrupted = sum(e["stage"] == "fetch" and e["shard"] == shard for e in failed)
         began = min(min(times) for times in by_image.values())
-        interrupted += sum(began < end and fetched.get(shard, end) >= end for end in ends)
+        interrupted += sum(began < until[end] and fetched.get(shard, end) >= end for end in ends)
         allowed += interrupted * len(by_image)
         for times in by_image.values():
             again += len(times) - 1

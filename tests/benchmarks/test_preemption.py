@@ -40,9 +40,10 @@ def test_images_that_are_fetched_again_without_a_cause_are_unexplained(tmp_path:
     assert lost_work(run, images, ends=[])["unexplained_again"] == 1, "shard 1 was lost once, shard 0 never"
 
 
-@pytest.mark.parametrize(("end", "unexplained"), [(0.5, 1), (2.5, 0), (3.5, 1)])
+@pytest.mark.parametrize(("end", "unexplained"), [(0.2, 1), (0.8, 0), (2.5, 0), (3.5, 1)])
 def test_a_driver_that_ends_explains_what_was_under_way_then(tmp_path: Path, end: float, unexplained: int) -> None:
-    run = run_of(tmp_path / "run", [task("fetch", 0, 3.0)])
+    started = [{"event": "run_started", "time": time} for time in (0.0, 0.5, 1.5, 2.6)]
+    run = run_of(tmp_path / "run", [*started, task("fetch", 0, 3.0)])
     images: Any = SimpleNamespace(requests=[(1.0, 0), (2.0, 1), (2.8, 0)])
     assert lost_work(run, images, [end])["unexplained_again"] == unexplained
 
