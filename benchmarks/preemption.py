@@ -52,7 +52,7 @@ def main() -> None:
         rows, ratios = speedup(arguments)
         results += rows
     report(
-        "preemption",
+        "preemption" if arguments.images else "preemption_nodes",
         results,
         ratios,
         arguments.out,

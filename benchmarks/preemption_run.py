@@ -164,8 +164,8 @@ def store_bytes(run: Path) -> dict[str, bytes]:
 def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int]:
     """What was done more than once in a run, from its events and from the requests for images.
 
-    The fetch of a shard was under way when a driver ended if it had begun, or began before the next driver: a worker may
-    still have been loading packages, and does not learn at once that its driver is gone.
+    The fetch of a shard was under way when a driver ended if it had begun, or began before the next driver: a worker
+    may still have been loading packages, and does not learn at once that its driver is gone.
 
     Args:
         ends: Unix times at which a driver of the run ended before the run was done.

@@ -156,6 +156,29 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
         made.start_failed(RuntimeError("no such package"))
 
 
+def test_workers_whose_nodes_are_lost_while_they_start_do_not_end_the_run(tmp_path: Path) -> None:
+    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+    from ray.exceptions import ActorDiedError
+
+    cube = stage()
+    made = executor(tmp_path, cube)
+    made.pools["cube"] = pool(1, tmp_path)
+
+    def start_fails(why: str) -> None:
+        reference, worker, _ = made.pools["cube"]._start_worker()
+        made.running[reference] = (made.pools["cube"], worker, None)
+        error = ActorDiedError(ActorDiedErrorContext(actor_id=b"0" * 16, error_message=why))
+        with mock.patch("ray.get", side_effect=error), mock.patch("ray.kill"):
+            made._collect(reference)
+
+    for _ in range(5):
+        start_fails("The actor died because its node has died. Node Id: 0123")
+    start_fails("The actor process has died.")
+    start_fails("The actor process has died.")
+    with pytest.raises(MachineError, match="cube: its workers cannot be started on Ray"):
+        start_fails("The actor process has died.")
+
+
 def test_the_user_is_told_which_resource_no_node_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fetch = Fetch(ToyOptions())
     made = executor(tmp_path, fetch, resources={"cpu_node": 0.001})
