@@ -25,6 +25,7 @@ from tests.network import forbid_outside_access
 _DELAY_S = 3.0  # of an image; so long that a run of 2,000 takes about as long as 63 kills
 _END_S = 1200.0  # until a run ends that nothing befalls any more
 _HEAD_S = 240.0  # until a driver ends whose head is lost
+_NONE = ("different_files", "set_aside", "half_written", "finished_again", "unexplained_again")
 _PATIENCE_S = 600.0  # until enough nodes are up
 
 
@@ -65,9 +66,9 @@ def main() -> None:
             "when their node, or the driver, was killed",
         ],
     )
-    bad = [row for row in results if row.get("different_files") or row.get("set_aside") or row.get("finished_again")]
+    bad = [f"{name} {row[name]}" for row in results for name in _NONE if row.get(name)]
     if bad:
-        sys.exit("a store differs, a shard was set aside, or finished work was done again")
+        sys.exit(f"there should be none: {', '.join(bad)}")
 
 
 def kills(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -157,17 +157,17 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
 
 
 def test_workers_whose_nodes_are_lost_while_they_start_do_not_end_the_run(tmp_path: Path) -> None:
-    from ray.core.generated.common_pb2 import ActorDiedErrorContext
+    from ray.core.generated import common_pb2
     from ray.exceptions import ActorDiedError
 
-    cube = stage()
+    cube, messages = stage(), cast(Any, common_pb2)
     made = executor(tmp_path, cube)
     made.pools["cube"] = pool(1, tmp_path)
 
     def start_fails(why: str) -> None:
         reference, worker, _ = made.pools["cube"]._start_worker()
         made.running[reference] = (made.pools["cube"], worker, None)
-        error = ActorDiedError(ActorDiedErrorContext(actor_id=b"0" * 16, error_message=why))
+        error = ActorDiedError(messages.ActorDiedErrorContext(actor_id=b"0" * 16, error_message=why))
         with mock.patch("ray.get", side_effect=error), mock.patch("ray.kill"):
             made._collect(reference)
 
