@@ -83,8 +83,10 @@ evidence: $(VENV)/.dev  ## what takes longer than CI may: train the demo's casca
 	$(BIN)/python -m benchmarks.sampling --earlier 1ec2329 $(if $(PEERS),--peers-python $(PEERS)) --out benchmarks/results/sampling.json
 	$(BIN)/python -m benchmarks.table
 
-cluster-evidence: $(VENV)/.dev  ## what schedulers and clusters do to runs: on a real Slurm, where it is installed
+cluster-evidence: $(VENV)/.dev  ## what schedulers and clusters do to runs; on a real Slurm too, where it is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.slurm --out benchmarks/results/slurm.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --speedup-images 0 --out benchmarks/results/preemption.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preemption --work evidence-run/preemption --images 0 --out benchmarks/results/preemption_nodes.json
 	$(BIN)/python -m benchmarks.table
 
 clean:  ## remove what the targets above made

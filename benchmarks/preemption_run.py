@@ -1,6 +1,8 @@
 """The run that `preemption.py` kills: its images, its driver, its store, and the work that was done again."""
 
 import io
+import json
+import math
 import os
 import signal
 import subprocess
@@ -87,7 +89,7 @@ def _png(index: int) -> bytes:
     return file.getvalue()
 
 
-def config_of(folder: Path, images: Images, shard_size: int, workers: int) -> Path:
+def config_of(folder: Path, images: Images, shard_size: int, workers: int, **execution: object) -> Path:
     """The configuration of the run: a shard is fetched image by image."""
     download = {
         "threads": 1,
@@ -102,7 +104,7 @@ def config_of(folder: Path, images: Images, shard_size: int, workers: int) -> Pa
         "shard_size": shard_size,
         "images": {"sizes_px": [16]},
         "encoders": [{"name": "t5", "model": "tiny-random-t5", "workers": workers, "resources": {"work": 1}}],
-        "execution": {"resources": {"work": 0.001}, "retry_delay_s": 0.5},
+        "execution": {"resources": {"work": 0.001}, "retry_delay_s": 0.5, **execution},
     }
     path = folder / f"config-{images.count}-{shard_size}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -162,6 +164,9 @@ def store_bytes(run: Path) -> dict[str, bytes]:
 def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int]:
     """What was done more than once in a run, from its events and from the requests for images.
 
+    The fetch of a shard was under way when a driver ended if it had begun, or began before the next driver: a worker
+    may still have been loading packages, and does not learn at once that its driver is gone.
+
     Args:
         ends: Unix times at which a driver of the run ended before the run was done.
     """
@@ -169,8 +174,13 @@ def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int
     events = list(read_events(RunFolder(str(run)).storage))
     done = Counter((e["stage"], e["shard"]) for e in events if e.get("event") == "task")
     fetched = {e["shard"]: e["time"] for e in events if e.get("event") == "task" and e["stage"] == "fetch"}
+    begun = [*sorted(e["time"] for e in events if e.get("event") == "run_started"), math.inf]
+    until = {end: next(time for time in begun if time > end) for end in ends}
     failed = [e for e in events if e.get("event") == "task_failed"]
     lost = [e for e in failed if e.get("lost") == "node"]
+    run.with_name(f"{run.name}-requests.json").write_text(
+        json.dumps({"ends": list(ends), "requests": images.requests})
+    )
     asked: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for when, index in images.requests:
         asked[index // shard_size][index].append(when)
@@ -178,7 +188,7 @@ def lost_work(run: Path, images: Images, ends: Sequence[float]) -> dict[str, int
     for shard, by_image in asked.items():
         interrupted = sum(e["stage"] == "fetch" and e["shard"] == shard for e in failed)
         began = min(min(times) for times in by_image.values())
-        interrupted += sum(began < end and fetched.get(shard, end) >= end for end in ends)
+        interrupted += sum(began < until[end] and fetched.get(shard, end) >= end for end in ends)
         allowed += interrupted * len(by_image)
         for times in by_image.values():
             again += len(times) - 1

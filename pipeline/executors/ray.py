@@ -27,6 +27,7 @@ _STARVED_S = 30.0  # after this the user is informed of busy resources
 _REPEAT_S = 300.0
 _APPEAR_S = 90.0  # how long a network file system may remember that a file was not there
 _PAUSE_S = 0.2
+_NODE_DIED = "its node has died"  # Ray says only in words why an actor never started
 
 
 class RayExecutor(Executor):
@@ -208,7 +209,7 @@ class RayExecutor(Executor):
                 pool.placed(worker, str(result))
                 if self.seeing is not None and worker.node in self.seeing.blind:
                     pool.drop(worker)
-            elif worker in pool.workers:
+            elif worker in pool.workers and _NODE_DIED not in str(failure):
                 pool.start_failed(failure)
             if failure is not None:
                 if isinstance(failure, ActorUnavailableError):

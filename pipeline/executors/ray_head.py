@@ -2,8 +2,8 @@
 
 Ray itself ends a process that has not reached its head (the GCS) for 60 s, at once and with exit code 1, whatever the
 process is doing; and calls that need the head block until then. So the head is asked every second whether it listens.
-A head that was started again, at the same address and without a copy of its state, is another cluster: the first call to
-it ends a process at once, with exit code 1 and a stack trace (WrongClusterID).
+A head that was started again at the same address, without its state, is another cluster: the first call to it ends a
+process at once, with exit code 1 and a stack trace (WrongClusterID).
 """
 
 import atexit
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 from pipeline.errors import EXIT_PREEMPTED, PreemptedError
 from pipeline.executors.ray_cluster import probe
@@ -102,8 +102,8 @@ class HeadWatch:
             )
         if self.is_another:
             return (
-                f"the head of the Ray cluster ({self.address}) was started again and knows nothing of this run. Finished "
-                "work stays; run the same command again"
+                f"the head of the Ray cluster ({self.address}) was started again and knows nothing of this run. "
+                "Finished work stays; run the same command again"
             )
         return (
             f"the head of the Ray cluster ({self.address}) was not reached for {self.silent_s:.0f} s: its gcs_server "
@@ -143,11 +143,11 @@ def cluster_id(address: str) -> str:
     Raises:
         OSError: it does not say.
     """
-    from ray._raylet import GcsClient
+    from ray import _raylet
     from ray.exceptions import RayError
 
     try:
-        return str(GcsClient(address=address).cluster_id.hex())
+        return str(cast(Any, _raylet).GcsClient(address=address).cluster_id.hex())
     except RayError as error:  # it is not ready, or wants another token
         raise OSError(str(error)) from error
 

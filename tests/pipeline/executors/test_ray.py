@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -156,6 +156,29 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
         made.start_failed(RuntimeError("no such package"))
 
 
+def test_workers_whose_nodes_are_lost_while_they_start_do_not_end_the_run(tmp_path: Path) -> None:
+    from ray.core.generated import common_pb2
+    from ray.exceptions import ActorDiedError
+
+    cube, messages = stage(), cast(Any, common_pb2)
+    made = executor(tmp_path, cube)
+    made.pools["cube"] = pool(1, tmp_path)
+
+    def start_fails(why: str) -> None:
+        reference, worker, _ = made.pools["cube"]._start_worker()
+        made.running[reference] = (made.pools["cube"], worker, None)
+        error = ActorDiedError(messages.ActorDiedErrorContext(actor_id=b"0" * 16, error_message=why))
+        with mock.patch("ray.get", side_effect=error), mock.patch("ray.kill"):
+            made._collect(reference)
+
+    for _ in range(5):
+        start_fails("The actor died because its node has died. Node Id: 0123")
+    start_fails("The actor process has died.")
+    start_fails("The actor process has died.")
+    with pytest.raises(MachineError, match="cube: its workers cannot be started on Ray"):
+        start_fails("The actor process has died.")
+
+
 def test_the_user_is_told_which_resource_no_node_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fetch = Fetch(ToyOptions())
     made = executor(tmp_path, fetch, resources={"cpu_node": 0.001})
@@ -272,7 +295,7 @@ def test_a_head_that_is_back_as_another_cluster_ends_the_run_at_once(monkeypatch
         watch.check()
         with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
             wait_until(lambda: watch.is_another)
-            with pytest.raises(PreemptedError, match="was started again and knows nothing of this run.* same command"):
+            with pytest.raises(PreemptedError, match="was started again and knows nothing of this run"):
                 watch.check()
             assert watch.silent_s > 0, "so that nothing is asked of it"
             assert not ray_head._end.called
