@@ -33,8 +33,8 @@ def schedule(
     kind: Annotated[
         str,
         typer.Option(
-            help="cron, systemd, airflow, slurm, kuberay, kuberay-cron, raycronjob, kueue, kubeflow, skypilot, dstack or "
-            "docker.",
+            help="cron, systemd, airflow, slurm, kuberay, kuberay-cron, raycronjob, kueue, kubeflow, skypilot, dstack "
+            "or docker.",
             show_default=False,
         ),
     ],
@@ -64,7 +64,7 @@ def schedule(
         str | None, typer.Option(metavar="DIR", help="Write the files here, and print how to install them.")
     ] = None,
 ) -> None:
-    """Print the files with which a scheduler runs a workflow: cron, Airflow, Slurm, Kubernetes, SkyPilot and others."""
+    """Print the files with which a scheduler runs a workflow: cron, Slurm, Kubernetes, SkyPilot and others."""
     from pipeline.deploy.schedule import Schedule
     from pipeline.deploy.slurm import SlurmOptions, local_paths
 
