@@ -21,7 +21,9 @@ def _gpus(model: object) -> float:
     if isinstance(model, FrozenModelConfig):
         none = model.model == TINY_MODEL and model.num_gpus is None
         return 0.0 if none else _with_workers(model.num_gpus, model.workers)
-    if isinstance(model, ModelCaptionerConfig | ArrayStageConfig):
+    if isinstance(model, ModelCaptionerConfig):
+        return _with_workers(model.occupies().num_gpus, model.worker_count())
+    if isinstance(model, ArrayStageConfig):
         return _with_workers(model.resources().num_gpus, model.workers())
     return 0.0
 
