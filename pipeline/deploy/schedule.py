@@ -174,6 +174,8 @@ KINDS: Mapping[str, _Kind] = {
         on_this_machine=False,
     ),
 }
+_OWN_RAY = frozenset(name for name, kind in KINDS.items() if kind.in_ray) | {"skypilot", "dstack"}
+"""Kinds that start a Ray for the run, and have it join."""
 
 
 def render(schedule: Schedule) -> dict[str, str]:
@@ -260,6 +262,8 @@ def _check(schedule: Schedule) -> _Kind:
         raise ConfigError(f"--queue {schedule.queue!r}: not the name of a LocalQueue; letters, digits, - _ and . only")
     if schedule.executor is not None and schedule.executor not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {schedule.executor!r})")
+    if schedule.executor not in (None, "ray") and schedule.kind in _OWN_RAY:
+        raise ConfigError(f"--executor {schedule.executor}: --kind {schedule.kind} runs in a Ray of its own; leave it out")
     for option in sorted(kind.needs):
         if options[option] is None:
             raise ConfigError(f"--{option}: needed for --kind {schedule.kind}, but not given; give it")

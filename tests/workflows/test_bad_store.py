@@ -213,5 +213,7 @@ def test_the_status_of_an_unfinished_run_is_shown(run: Path) -> None:
     result = call("status", str(run), "--json")
     found = json.loads(result.out)
     assert (result.code, found["outcome"], found["running"]) == (0, None, False)
+    counters = found["groups"]["samples"].pop("counters")
+    assert (counters["captions"], counters["found_before"]) == (5, 1)
     assert found["groups"]["samples"] == {"shards": 2, "rows": 4, "drops": {"http_404": 1}}
-    assert found["groups"]["text-t5"] == {"shards": 0, "rows": 0, "drops": {}}
+    assert found["groups"]["text-t5"] == {"shards": 0, "rows": 0, "drops": {}, "counters": {}}

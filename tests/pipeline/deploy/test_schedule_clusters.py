@@ -156,3 +156,10 @@ def test_control_characters_reach_no_file_of_a_scheduler(kind: str, option: str)
     value = {"out": "s3://b/r\x1b[2Jrun", "overrides": ("a=1\n",)}.get(option, "a\nb")
     with pytest.raises(ConfigError, match=r"control character|not the name of a LocalQueue"):
         render(Schedule(kind, workflow, **{"out": "s3://b/r", **needed, option: value}))
+
+
+@pytest.mark.parametrize("kind", ["skypilot", "dstack", "kueue", "raycronjob"])
+def test_a_place_with_a_ray_of_its_own_takes_no_other_executor(kind: str) -> None:
+    needed = dict.fromkeys(KINDS[kind].needs - {"out"}, "name")
+    with pytest.raises(ConfigError, match=f"--executor local: --kind {kind} runs in a Ray of its own"):
+        render(Schedule(kind, "precompute", out="s3://b/r", executor="local", **needed))
