@@ -83,9 +83,32 @@ def test_a_run_joins_the_cluster_of_ray_address(cluster: RayNodes, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert f"Ray cluster: {cluster.address}" in result.stderr
     assert store_bytes(out) == alone
-    (node,) = {event["node"] for event in events(out) if event["event"] == "task"}
     listed = ran(cluster, "doctor", "--cluster", "--json", "--address", cluster.address)
-    assert str(node) in listed.stdout, "it is the cluster's node"
+    nodes = {event["node"] for event in events(out) if event["event"] == "task"}
+    assert nodes <= {node["id"] for node in json.loads(listed.stdout)["nodes"]}
+
+
+def test_a_run_below_a_symmetric_run_uses_both_nodes_of_its_cluster(
+    cluster: RayNodes, tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    """The same without namespaces: a process with the command line of one is above, on a port that Ray chose."""
+    if "second" not in cluster.nodes:
+        cluster.start("second", "--num-cpus=2")
+    out = tmp_path / "run"
+    above = ["sh", "-c", 'shift 3; "$@"; exit $?', "symmetric-run", "--address", cluster.address, "--"]
+    done = subprocess.run(
+        [*above, *command("run", "precompute", "--out", str(out), "--quiet", *CONFIG)],
+        env=cluster.environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Ray cluster: {cluster.address}" in done.stderr
+    assert store_bytes(out) == alone
+    assert len({event["node"] for event in events(out) if event["event"] == "task"}) == 2
 
 
 def test_submit_asks_the_head_of_ray_address_where_jobs_are_taken(
@@ -115,7 +138,7 @@ from tests.pipeline.toy import Toy, ToyConfig
 ray.init(address=sys.argv[1], log_to_driver=False)
 Toy(ToyConfig()).run(sys.argv[2], RunOptions("ray", quiet=True))
 assert ray.is_initialized()
-print(ray.get_runtime_context().get_node_id())
+print(json.dumps([node["NodeID"] for node in ray.nodes()]))
 """
 
 
@@ -130,4 +153,5 @@ def test_a_process_that_is_connected_already_stays_so(cluster: RayNodes, tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {event["node"] for event in events(tmp_path / "run") if event["event"] == "task"} == {done.stdout.strip()}
+    used = {event["node"] for event in events(tmp_path / "run") if event["event"] == "task"}
+    assert used <= set(json.loads(done.stdout.splitlines()[-1]))

@@ -52,8 +52,9 @@ ip link set eth0 up
 _RAY = """
 import sys
 from ray.scripts.scripts import main
-if "--head" in sys.argv:
-    sys.argv.append("--include-dashboard=false")  # ten processes less; `ray symmetric-run` has no such option
+if sys.argv[1] == "start":  # without what needs time and is not tested; `ray symmetric-run` has no such options
+    sys.argv.append("--include-log-monitor=false")
+    sys.argv += ["--include-dashboard=false", "--no-monitor"] if "--head" in sys.argv else []
 main()
 """
 
