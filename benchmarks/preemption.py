@@ -83,7 +83,7 @@ def kills(arguments: argparse.Namespace) -> dict[str, Any]:
         images.delay_s = _DELAY_S
         images.forget()
         began = time.monotonic()
-        with Clusters(work, arguments.nodes, chance) as clusters:
+        with Clusters(work / "clusters", arguments.nodes, chance) as clusters:
             story = _Story(work, config, images, clusters, reference)
             try:
                 for action in actions:
@@ -187,7 +187,7 @@ def speedup(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     with Images(work, arguments.speedup_images, delay_s=arguments.speedup_delay_s) as images:
         config = config_of(work, images, shard_size=25, workers=1, max_in_flight_shards=64)
         for nodes in (1, arguments.nodes):
-            with Clusters(work, nodes, random.Random(0)) as clusters:
+            with Clusters(work / f"clusters-{nodes}", nodes, random.Random(0)) as clusters:
                 run = work / f"on-{nodes}"
                 began = time.monotonic()
                 driver = Driver(run, config, clusters.nodes.address, clusters.nodes.environment)

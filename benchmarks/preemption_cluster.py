@@ -20,11 +20,13 @@ class Clusters:
     """One cluster at a time: a head without CPUs, and nodes that do the work.
 
     Args:
+        work: a new folder for their files.
         wanted: nodes that are up where nothing was killed.
     """
 
     def __init__(self, work: Path, wanted: int, chance: random.Random):
         self.work, self.wanted, self.chance = work, wanted, chance
+        work.mkdir(parents=True)
         self.up: set[str] = set()
         self.added = 0
         """Nodes that were started in the place of killed ones."""
