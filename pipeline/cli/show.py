@@ -10,9 +10,9 @@ from rich.table import Table
 from pipeline.units import human_bytes, human_seconds
 
 _WHOLE_CELL = 20
+"""Longest cell, in characters, of a column that is never wrapped."""
 _PAID = (("requests", "requests"), ("tokens_in", "tokens in"), ("tokens_out", "tokens out"))
 """Counters of a group that are shown, of what is paid for, and their texts."""
-"""Longest cell, in characters, of a column that is never wrapped."""
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:

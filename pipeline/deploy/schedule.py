@@ -263,7 +263,9 @@ def _check(schedule: Schedule) -> _Kind:
     if schedule.executor is not None and schedule.executor not in EXECUTORS:
         raise ConfigError(f"--executor: must be one of {', '.join(EXECUTORS)} (got {schedule.executor!r})")
     if schedule.executor not in (None, "ray") and schedule.kind in _OWN_RAY:
-        raise ConfigError(f"--executor {schedule.executor}: --kind {schedule.kind} runs in a Ray of its own; leave it out")
+        raise ConfigError(
+            f"--executor {schedule.executor}: --kind {schedule.kind} runs in a Ray of its own; leave it out"
+        )
     for option in sorted(kind.needs):
         if options[option] is None:
             raise ConfigError(f"--{option}: needed for --kind {schedule.kind}, but not given; give it")

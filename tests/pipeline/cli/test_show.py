@@ -8,8 +8,9 @@ from pipeline.cli import show
 
 NARROW = 80
 LARGE, HUGE = 123_456_789, 123_456_789_012
-GROUP: dict[str, Any] = {"shards": LARGE, "rows": LARGE, "bytes": 10**15, "drops": {"unsupported_range": LARGE, "http_404": LARGE}}
-GROUP["counters"] = {"requests": LARGE, "input_tokens": HUGE, "output_tokens": HUGE}
+DROPS = {"unsupported_range": LARGE, "http_404": LARGE}
+GROUP: dict[str, Any] = {"shards": LARGE, "rows": LARGE, "bytes": 10**15, "drops": DROPS}
+GROUP["counters"] = {"requests": LARGE, "tokens_in": HUGE, "tokens_out": HUGE}
 PLANNED = {"shards_done": LARGE, "shards_to_do": LARGE, "bytes_done": 10**15, "bytes_to_do": 10**15}
 STAGE = {
     "stage": "encode-t5-xxl",
