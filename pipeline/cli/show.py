@@ -207,12 +207,13 @@ def show_status(result: Mapping[str, Any]) -> None:
     ]
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
-    for name, group in result["groups"].items():
-        asked = [
-            f"{group['counters'][counter]:,.0f} {text}" for counter, text in _PAID if counter in group["counters"]
-        ]
-        if asked:
-            print(f"{name}: {', '.join(asked)}")
+    paid = [
+        [name, *(f"{group['counters'].get(counter, 0):,.0f}" for counter, _ in _PAID)]
+        for name, group in result["groups"].items()
+        if any(counter in group["counters"] for counter, _ in _PAID)
+    ]
+    if paid:
+        show_table(["group", *(text for _, text in _PAID)], paid)
     if filtered := result.get("filtered"):
         print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:
