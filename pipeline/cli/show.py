@@ -11,8 +11,8 @@ from pipeline.units import human_bytes, human_seconds
 
 _WHOLE_CELL = 20
 """Longest cell, in characters, of a column that is never wrapped."""
-_PAID = (("requests", "requests"), ("tokens_in", "tokens in"), ("tokens_out", "tokens out"))
-"""Counters of a group that are shown, of what is paid for, and their texts."""
+_PAID = ("requests", "tokens_in", "tokens_out")
+"""Counters of a group that are shown, of what is paid for."""
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
@@ -208,12 +208,12 @@ def show_status(result: Mapping[str, Any]) -> None:
     if rows:
         show_table(["group", "shards", "rows", "drops"], rows)
     paid = [
-        [name, *(f"{group['counters'].get(counter, 0):,.0f}" for counter, _ in _PAID)]
+        [name, *(f"{group['counters'].get(counter, 0):,.0f}" for counter in _PAID)]
         for name, group in result["groups"].items()
-        if any(counter in group["counters"] for counter, _ in _PAID)
+        if any(counter in group["counters"] for counter in _PAID)
     ]
     if paid:
-        show_table(["group", *(text for _, text in _PAID)], paid)
+        show_table(["group", *_PAID], paid)
     if filtered := result.get("filtered"):
         print(f"{filtered:,} other rows of the source were filtered by source.where")
     if result["metrics"] is not None:
