@@ -30,7 +30,7 @@ while kill -0 "$PPID" 2>/dev/null; do sleep 0.02; done
 """,
     "python": """
 cat >"$CALLS.python"
-until [ "$(grep -c ^token "$CALLS")" = 2 ]; do sleep 0.02; done
+until [ "$(grep -c ^token "$CALLS")" = 2 ]; do kill -0 "$PPID" 2>/dev/null || exit 1; sleep 0.02; done
 for _ in $(seq "${PYTHON_S:-0}"); do kill -0 "$PPID" 2>/dev/null && sleep 1; done
 exit "${PYTHON_CODE:-0}"
 """,
