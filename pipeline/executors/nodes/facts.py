@@ -131,7 +131,8 @@ def _files(folder: Path) -> Iterable[tuple[str, int]]:
 
 
 def _code_digest(packages: Sequence[str]) -> str:
-    """SHA-256 of the Python files of packages, 12 digits; "" if one of them is not there."""
+    """SHA-256 of the Python files of packages, 12 digits; "" if one of them is not there, or is being written: Ray may
+    unpack the code of a job once more while it runs."""
     total = hashlib.sha256()
     for package in packages:
         spec = importlib.util.find_spec(package)
@@ -140,7 +141,10 @@ def _code_digest(packages: Sequence[str]) -> str:
         root = Path(next(iter(spec.submodule_search_locations)))
         for path in sorted(root.rglob("*.py")):
             total.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode())
-            total.update(hashlib.sha256(path.read_bytes()).digest())
+            try:
+                total.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError:
+                return ""
     return total.hexdigest()[:12]
 
 

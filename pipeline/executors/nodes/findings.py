@@ -76,14 +76,15 @@ def clock_difference(sent: float, there: float, received: float) -> float:
 
 
 def differing(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """`pyarrow 21.0.0 (here 22.0.0)` for each package of another version; code counts if the versions are equal."""
+    """`pyarrow 21.0.0 (here 22.0.0)` for each package of another version; code counts if it is known and the versions
+    are equal."""
     differences = []
     for name, version in here.items():
         other = there.get(name, "")
         if other == version or not version:
             continue
         if name == "code":
-            if there.get(DISTRIBUTION) == here.get(DISTRIBUTION):
+            if other and there.get(DISTRIBUTION) == here.get(DISTRIBUTION):
                 differences.append(f"other code of {DISTRIBUTION} {here.get(DISTRIBUTION)}")
         else:
             differences.append(f"{name} {other or 'missing'} (here {version})")

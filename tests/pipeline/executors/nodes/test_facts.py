@@ -57,6 +57,8 @@ def test_the_digest_of_code_is_that_of_its_files(tmp_path: Path, monkeypatch: py
     assert versions((), ("made_up",))["code"] == first
     (tmp_path / "made_up" / "inner" / "x.py").write_text("a = 2\n")
     assert versions((), ("made_up",))["code"] not in (first, "")
+    (tmp_path / "made_up" / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    assert versions((), ("made_up",))["code"] == ""
     assert versions(("no-such-package",), ("no_such_module",)) == {
         "python": versions((), ())["python"],
         "no-such-package": "",

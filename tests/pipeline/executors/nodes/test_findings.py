@@ -152,6 +152,7 @@ def test_code_is_compared_where_the_versions_are_equal() -> None:
     here = {DISTRIBUTION: "0.2.0", "code": "a"}
     assert differing({DISTRIBUTION: "0.2.0", "code": "b"}, here) == ["other code of imagen-precompute 0.2.0"]
     assert differing({DISTRIBUTION: "0.1.0", "code": "b"}, here) == ["imagen-precompute 0.1.0 (here 0.2.0)"]
+    assert differing({DISTRIBUTION: "0.2.0", "code": ""}, here) == [], "it was being written when it was asked for"
     assert differing(here, here) == []
 
 
