@@ -179,7 +179,7 @@ def main() -> None:
             *(["images are 3:2 and 2:3 in turn, scored in their centre square"] if arguments.buckets else []),
             "color, shape, position: part of the images whose object has the one the caption names",
             f"training both stages took {(seconds['base'] + seconds['sr']) / 60:.1f} minutes; precompute "
-            f"{seconds['precompute']:.0f} s, drawing {seconds['sample']:.0f} s",
+            f"{seconds['precompute']:.0f} s, sampling {seconds['sample']:.0f} s",
         ],
     )
 

@@ -19,24 +19,12 @@ from imagen_core.train.lora.adapter import (
     saved_parameters,
     target_layers,
 )
+from tests import tiny_networks
 from tests.imagen_core.models.small import captions, efficient, random_weights, regular, transformer
 from tests.imagen_core.models.small import inputs as unet_inputs
 
 TEXT_DIM = 12
-HYBRID = {
-    "family": "hybrid",
-    "image_size_px": 16,
-    "dim": 16,
-    "dim_mults": [1, 2],
-    "num_res_blocks": [1, 1],
-    "attention_levels": [False, True],
-    "cross_attention_levels": [False, True],
-    "num_heads": 2,
-    "head_dim": 8,
-    "text_dim": TEXT_DIM,
-    "max_text_tokens": 8,
-    "perceiver": False,
-}
+HYBRID = tiny_networks.HYBRID | {"text_dim": TEXT_DIM, "max_text_tokens": 8, "perceiver": False}
 PRIOR = {"kind": "prior", "network": {"dim": 16, "depth": 2, "num_heads": 2, "head_dim": 8}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "regular": {"unet": regular(), "size_px": 16},
