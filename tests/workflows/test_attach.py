@@ -66,16 +66,20 @@ def test_under_a_symmetric_run_of_two_machines_a_run_uses_both_and_makes_the_sam
     assert len({event["node"] for event in events(out) if event["event"] == "task"}) == 2
 
 
-def ran(cluster: RayNodes, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def ended(cluster: RayNodes, words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
+        words,
         env={**cluster.environment, **environment},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
+
+
+def ran(cluster: RayNodes, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return ended(cluster, command(*arguments), **environment)
 
 
 def test_a_run_joins_the_cluster_of_ray_address(cluster: RayNodes, tmp_path: Path, alone: dict[str, bytes]) -> None:
@@ -98,15 +102,7 @@ def test_a_run_below_a_symmetric_run_uses_both_nodes_of_its_cluster(
         cluster.start("second", "--num-cpus=2")
     out = tmp_path / "run"
     above = ["sh", "-c", 'shift 3; "$@"; exit $?', "symmetric-run", "--address", cluster.address, "--"]
-    done = subprocess.run(
-        [*above, *command("run", "precompute", "--out", str(out), "--quiet", *CONFIG)],
-        env=cluster.environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = ended(cluster, [*above, *command("run", "precompute", "--out", str(out), "--quiet", *CONFIG)])
     assert done.returncode == 0, done.stderr
     assert f"Ray cluster: {cluster.address}" in done.stderr
     assert store_bytes(out) == alone
@@ -145,15 +141,7 @@ print(json.dumps([node["NodeID"] for node in ray.nodes()]))
 
 
 def test_a_process_that_is_connected_already_stays_so(cluster: RayNodes, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK, cluster.address, str(tmp_path / "run")],
-        env=cluster.environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = ended(cluster, [sys.executable, "-c", NOTEBOOK, cluster.address, str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     used = {event["node"] for event in events(tmp_path / "run") if event["event"] == "task"}
     assert used <= set(json.loads(done.stdout.splitlines()[-1]))
