@@ -24,7 +24,7 @@ from tests.runs import REPOSITORY
 from tests.stages.encoders import tiny_models
 from tests.test_docs import commands
 from tests.workflows.test_recipes import reduced
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 from workflows.train import TrainWorkflowConfig
 
 ELSEWHERE = {

@@ -19,7 +19,7 @@ from tests.commands import call
 from tests.documents import DOCUMENTS, blocks, python_blocks
 from tests.named_tests import missing_tests, named_tests
 from tests.runs import REPOSITORY, precompute
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 
 TUTORIAL = REPOSITORY / "docs" / "tutorial" / "first-model.md"
 

@@ -20,7 +20,7 @@ from stages.precompute.given_embeddings import PrecomputedEmbeddingsStage
 from tests.commands import call
 from tests.images import plain_png
 from tests.runs import precompute, precompute_interrupted, store_bytes
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 
 DIM = 8
 ANY_DROPS = "max_drop_fraction=1"

@@ -24,7 +24,7 @@ from stages.encoders.registry import AnyEncoder
 from tests.commands import call
 from tests.runs import REPOSITORY
 from tests.stages.encoders.recipes.pipelines import write_tokenizer
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.commands import call
 from tests.images import plain_png
 from tests.object_store import object_store
 from tests.runs import precompute, precompute_interrupted, store_bytes
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 
 DIM = 8
 PADDED = 12

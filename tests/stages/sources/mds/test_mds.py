@@ -25,7 +25,7 @@ from tests.object_store import object_store
 from tests.runs import precompute, precompute_interrupted, store_bytes
 from tests.stages.exports.exporting import export, import_streaming, make_run, skip_without
 from tests.stages.sources.reading import outcomes
-from workflows.precompute import PrecomputeConfig
+from workflows.precompute_config import PrecomputeConfig
 
 DIM = 6
 LENGTHS = (3, 1, 5, 2, 4)
